@@ -1,0 +1,152 @@
+"""One flat configuration for the whole engine. Imports no torch: the scheduler reads it too."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+DEVICES = ("auto", "cuda", "cpu")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "dummy")
+ATTENTION_BACKENDS = ("auto", "flash_attn", "triton", "torch")
+MAX_RUN_AHEAD = 4
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a caller can set. Unknown keywords and impossible values raise `ValueError` by name.
+
+    `device="cpu"`: the device ids name in-process cards, each with its own weights and KV pool.
+    `num_kvcache_blocks`: one number for every card, or (card 0, card 1); None sizes each card's pool from
+    its own memory. `decode_backlog_high/low`: sequences prefilled but not yet decoding at which prefill pauses
+    and resumes (None: half of `max_num_seqs`, and half of that). `run_ahead`: decode steps launched beyond the
+    one whose result the host is waiting for.
+    """
+
+    model: str
+    enable_two_gpu_pd: bool = False
+    prefill_device_id: int = 0
+    decode_device_id: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+    revision: str | None = None
+    load_format: str = "auto"
+    attention_backend: str = "auto"
+    max_model_len: int = 4096
+    max_num_seqs: int = 512
+    max_num_batched_tokens: int = 16384
+    kvcache_block_size: int = 64
+    num_kvcache_blocks: int | tuple[int, int] | None = None
+    gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False
+    enable_prefix_caching: bool = True
+    overlap: bool = True
+    run_ahead: int = 2
+    decode_backlog_high: int | None = None
+    decode_backlog_low: int | None = None
+    seed: int = 0
+    tensor_parallel_size: int = 1
+
+    @classmethod
+    def from_kwargs(cls, model: str, kwargs: Mapping[str, Any]) -> Config:
+        """Build from a caller's keywords; an unknown one is a `ValueError` that lists the known ones."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(kwargs) - known)
+        if unknown:
+            raise ValueError(
+                f"unknown configuration keyword(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+            )
+        return cls(model, **kwargs)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num_kvcache_blocks, list):
+            object.__setattr__(self, "num_kvcache_blocks", tuple(self.num_kvcache_blocks))
+        self._check_types()
+        self._check_choices()
+        self._check_ranges()
+        self._check_cards()
+
+    def _check_types(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            raise ValueError(f"model={self.model!r} must be a folder or a hub id")
+        for name in ("enable_two_gpu_pd", "enforce_eager", "enable_prefix_caching", "overlap"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        if self.revision is not None and not isinstance(self.revision, str):
+            raise ValueError(f"revision={self.revision!r} must be a string or None")
+
+    def _check_choices(self) -> None:
+        _one_of("device", self.device, DEVICES)
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("load_format", self.load_format, LOAD_FORMATS)
+        _one_of("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        _one_of("kvcache_block_size", self.kvcache_block_size, BLOCK_SIZES)
+
+    def _check_ranges(self) -> None:
+        _integer("max_model_len", self.max_model_len, 2, 1 << 24)
+        _integer("max_num_seqs", self.max_num_seqs, 1, 1 << 16)
+        _integer("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 24)
+        _integer("run_ahead", self.run_ahead, 1, MAX_RUN_AHEAD)
+        _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
+        utilization = self.gpu_memory_utilization
+        if not isinstance(utilization, (int, float)) or isinstance(utilization, bool) or not 0 < utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization={utilization!r} must be in (0, 1]")
+        for count in self._block_counts():
+            _integer("num_kvcache_blocks", count, 2, 1 << 31)
+        for name in ("decode_backlog_high", "decode_backlog_low"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0 if name.endswith("low") else 1, 1 << 31)
+        if self.backlog_low >= self.backlog_high:
+            raise ValueError(
+                f"decode_backlog_low={self.backlog_low} must be below decode_backlog_high={self.backlog_high}"
+            )
+
+    def _check_cards(self) -> None:
+        _integer("tensor_parallel_size", self.tensor_parallel_size, 1, 1 << 10)
+        if self.tensor_parallel_size > 1:
+            both = "enable_two_gpu_pd=True with " if self.enable_two_gpu_pd else ""
+            raise ValueError(f"{both}tensor_parallel_size={self.tensor_parallel_size} is not supported; the limit is 1")
+        _integer("prefill_device_id", self.prefill_device_id, 0, 1 << 10)
+        _integer("decode_device_id", self.decode_device_id, 0, 1 << 10)
+        if isinstance(self.num_kvcache_blocks, tuple) and not self.enable_two_gpu_pd:
+            raise ValueError(
+                f"num_kvcache_blocks={self.num_kvcache_blocks!r} names two cards, but enable_two_gpu_pd=False"
+            )
+
+    def _block_counts(self) -> tuple[int, ...]:
+        blocks = self.num_kvcache_blocks
+        if blocks is None:
+            return ()
+        if isinstance(blocks, tuple):
+            if len(blocks) != 2:
+                raise ValueError(f"num_kvcache_blocks={blocks!r} must be one number or (card 0, card 1)")
+            return blocks
+        return (blocks,)
+
+    @property
+    def backlog_high(self) -> int:
+        """Sequences prefilled but not yet decoding at which prefill pauses."""
+        return max(2, self.max_num_seqs // 2) if self.decode_backlog_high is None else self.decode_backlog_high
+
+    @property
+    def backlog_low(self) -> int:
+        """Sequences prefilled but not yet decoding at which prefill resumes."""
+        return self.backlog_high // 2 if self.decode_backlog_low is None else self.decode_backlog_low
+
+    @property
+    def steps_ahead(self) -> int:
+        """Decode steps that may be in flight beyond the oldest uncollected one."""
+        return self.run_ahead if self.overlap else 0
+
+
+def _one_of(name: str, value: object, allowed: tuple[Any, ...]) -> None:
+    if isinstance(value, bool) or value not in allowed:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, allowed))}")
+
+
+def _integer(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name}={value!r} must be an integer from {low} to {high}")
