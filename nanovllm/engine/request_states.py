@@ -1,0 +1,51 @@
+"""The states of a sequence and every legal move between them: one table, checked at each move.
+
+`by` names who may make the move. `limit_s` is how long a sequence may stay before that move: None where the
+wait is the caller's own load (a queue), a number where only the machine's progress is awaited. The limits are
+the bounds a watchdog uses; nothing in the normal path depends on them.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+
+class State(Enum):
+    WAITING = "waiting"  # holds no block anywhere; queued by arrival
+    PREFILLING = "prefilling"  # holds its blocks on both cards; chunks are launched
+    COPYING = "copying"  # prefilled; its last blocks are on their way to the decode card
+    READY = "ready"  # resident on the decode card, waits for a slot
+    DECODING = "decoding"  # has a slot; steps are launched
+    EVACUATING = "evacuating"  # its blocks are on their way to the prefill card
+    EVACUATED = "evacuated"  # resident on the prefill card only
+    RETURNING = "returning"  # its blocks are on their way back
+    FINISHED = "finished"  # holds nothing; copies and launched steps may still own its former blocks
+
+
+class Move(NamedTuple):
+    by: str
+    limit_s: float | None
+    when: str
+
+
+_MACHINE_S = 60.0  # one step or one copy, with a wide margin for a loaded CPU machine
+
+TRANSITIONS: dict[tuple[State, State], Move] = {
+    (State.WAITING, State.PREFILLING): Move("admission", None, "blocks on both cards were taken, all at once"),
+    (State.PREFILLING, State.COPYING): Move("prefill result", _MACHINE_S, "the last chunk ended, copies have not"),
+    (State.PREFILLING, State.READY): Move("prefill result", _MACHINE_S, "the last chunk ended and all is resident"),
+    (State.COPYING, State.READY): Move("copy result", _MACHINE_S, "the last copy ended"),
+    (State.READY, State.DECODING): Move("decode admission", None, "a slot was free"),
+    (State.READY, State.EVACUATING): Move("decode card full", None, "it was the youngest"),
+    (State.READY, State.WAITING): Move("both cards full", None, "it was the youngest; its KV is computed again"),
+    (State.DECODING, State.EVACUATING): Move("decode card full", None, "it was the youngest"),
+    (State.DECODING, State.WAITING): Move("both cards full", None, "it was the youngest; its KV is computed again"),
+    (State.EVACUATING, State.EVACUATED): Move("copy result", _MACHINE_S, "the copy to the prefill card ended"),
+    (State.EVACUATED, State.RETURNING): Move("return admission", None, "the decode card has room again"),
+    (State.RETURNING, State.READY): Move("copy result", _MACHINE_S, "the copy back ended"),
+} | {
+    (state, State.FINISHED): Move("engine", None, "stop, length, abort or error")
+    for state in State
+    if state is not State.FINISHED
+}

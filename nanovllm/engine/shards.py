@@ -1,0 +1,120 @@
+"""What the scheduler hands to a card: immutable descriptions of one prefill step, one decode step, one copy.
+
+A runner keeps per-slot state on its card (last token, length, block table, sampling), so a decode shard names
+only what changed: sequences that enter a slot, blocks that were added, and the slots that take this step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nanovllm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """What the sampler needs to know of one sequence at one output position.
+
+    `seed`: signed 64 bits, this sequence's own. `position`: the output position to sample. `prompt_ids` and
+    `output_ids` are filled only where a penalty reads them; `stop_ids` are banned before `min_tokens`.
+    """
+
+    params: SamplingParams
+    seed: int
+    position: int
+    prompt_ids: tuple[int, ...] = ()
+    output_ids: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Tokens `start … start + len(tokens)` of one sequence; `samples` is empty unless this is its last chunk."""
+
+    tokens: tuple[int, ...]
+    start: int
+    block_table: tuple[int, ...]
+    samples: tuple[SamplingRow, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillShard:
+    """One prefill step of one card. Its result has one row for each sample, in order."""
+
+    card: int
+    step: int
+    chunks: tuple[PrefillChunk, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(chunk.tokens) for chunk in self.chunks)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(len(chunk.samples) for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class SlotEntry:
+    """A sequence enters a slot: its KV covers `num_kv_tokens`, `last_token` comes next."""
+
+    slot: int
+    last_token: int
+    num_kv_tokens: int
+    block_table: tuple[int, ...]
+    sampling: SamplingRow
+
+
+@dataclass(frozen=True, slots=True)
+class NewBlock:
+    """`block` is appended to the table of `slot` as its entry number `column`."""
+
+    slot: int
+    column: int
+    block: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeShard:
+    """One decode step: every slot in `slots` advances by one token. `max_context_tokens` bounds their lengths."""
+
+    card: int
+    step: int
+    slots: tuple[int, ...]
+    max_context_tokens: int
+    entries: tuple[SlotEntry, ...] = ()
+    new_blocks: tuple[NewBlock, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CopyShard:
+    """Whole blocks from card `src` to card `dst` (which may be the same), not before `after_step` of `src` ended."""
+
+    copy: int
+    src: int
+    dst: int
+    block_pairs: tuple[tuple[int, int], ...]
+    after_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities of the model itself (before penalties and temperature) at one position."""
+
+    chosen: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Sampled ids of a prefill or decode shard, one a row, and their log-probabilities where asked for."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+
+    def logprobs_of(self, row: int) -> TokenLogprobs | None:
+        return self.logprobs[row] if self.logprobs else None
+
+
+Shard = PrefillShard | DecodeShard | CopyShard
