@@ -1,0 +1,279 @@
+"""Where KV blocks live on two cards, and the one verb that moves them.
+
+`handoff` is mirroring after prefill, evacuation, return, write-back and the private tails of n > 1: whole blocks
+from one card's table to another's, not before the last step that may have written them. Blocks on both cards
+are taken all or nothing: nobody holds one card's blocks while waiting for the other's. With one card, `prefill`
+and `decode` are the same index, and what would be a copy to another card is nothing, or a registration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from nanovllm.engine.block_manager import BlockHash, BlockManager
+from nanovllm.engine.sequence import PrefillGroup, Sequence
+from nanovllm.engine.sequence_lease import SequenceLease, drop_copy, hold_copy
+from nanovllm.engine.shards import CopyShard
+
+
+@dataclass(slots=True)
+class PendingCopy:
+    shard: CopyShard
+    target_versions: tuple[int, ...]
+    done: Callable[[], None]
+    lease: SequenceLease | None  # held for the copy's own sake (write-back); None: a sequence holds its own
+
+
+class Handoff:
+    """Block tables of all sequences over the cards of one engine, and the copies in flight between them."""
+
+    def __init__(self, managers: Mapping[int, BlockManager], prefill: int, decode: int, prefix_caching: bool) -> None:
+        self.managers = managers
+        self.prefill = prefill
+        self.decode = decode
+        self.prefix_caching = prefix_caching
+        self.block_size = managers[prefill].block_size
+        self.pending: dict[int, PendingCopy] = {}
+        self.outbox: list[CopyShard] = []
+        self._num_copies = 0
+
+    @property
+    def two_cards(self) -> bool:
+        return self.prefill != self.decode
+
+    @property
+    def num_coming_blocks(self) -> int:
+        """Blocks of the decode card that will be free without anything further being decided."""
+        copies = (copy.shard for copy in self.pending.values() if self.two_cards and copy.shard.src == self.decode)
+        leaving = sum(max(1, len(shard.block_pairs)) for shard in copies)
+        return leaving + self.managers[self.decode].num_retired_blocks
+
+    def drain_outbox(self) -> list[CopyShard]:
+        shards, self.outbox = self.outbox, []
+        return shards
+
+    # -- the verb
+
+    def handoff(
+        self,
+        src: int,
+        dst: int,
+        pairs: list[tuple[int, int]],
+        after_step: int,
+        done: Callable[[], None],
+        lease: SequenceLease | None = None,
+    ) -> None:
+        """Launch a copy of whole blocks; `done` runs when it has completed, before it lets go of its blocks."""
+        self._num_copies += 1
+        shard = CopyShard(self._num_copies, src, dst, tuple(pairs), after_step)
+        hold_copy(self.managers, shard)
+        versions = tuple(self.managers[dst].version(target) for _, target in pairs)
+        self.pending[shard.copy] = PendingCopy(shard, versions, done, lease)
+        self.outbox.append(shard)
+
+    def copy_done(self, shard: CopyShard) -> None:
+        """A copy has drained: its targets count as resident, and it owns nothing any more."""
+        copy = self.pending.pop(shard.copy)
+        versions = tuple(self.managers[shard.dst].version(target) for _, target in shard.block_pairs)
+        assert versions == copy.target_versions, f"copy {shard.copy}: a target block changed hands in flight"
+        copy.done()
+        drop_copy(self.managers, shard)
+
+    # -- prefill: both cards' blocks, then mirroring chunk by chunk
+
+    def admit(self, group: PrefillGroup, reserve_blocks: int) -> bool:
+        """Take every block that prefill and the first decode step need, on both cards, or none.
+
+        `reserve_blocks` stay free on the decode card for sequences that already run there.
+        """
+        full, tail = divmod(group.num_tokens, self.block_size)
+        hashes = self._hashes(group.leader, full)
+        cached = self.managers[self.prefill].lookup(hashes[: (group.num_tokens - 1) // self.block_size])
+        if self.two_cards:
+            taken = self._admit_two(group, full, tail, hashes, cached, reserve_blocks)
+        else:
+            taken = self._admit_one(group, full, tail, cached, reserve_blocks)
+        if taken:
+            group.num_launched_tokens = len(cached) * self.block_size
+        return taken
+
+    def _admit_one(self, group: PrefillGroup, full: int, tail: int, cached: list[int], reserve_blocks: int) -> bool:
+        private = 1 if tail or group.needs_decode else 0
+        fresh = full - len(cached) + private * len(group.sequences)
+        if not self._has_room(self.prefill, cached, fresh, reserve_blocks):
+            return False
+        shared, num_fresh = cached, full - len(cached) + private
+        for sequence in group.sequences:
+            sequence.lease = SequenceLease(self.managers)
+            table = sequence.lease.take(self.prefill, shared, num_fresh)
+            shared, num_fresh = table[:full], private  # siblings share the prompt's full blocks
+        return True
+
+    def _admit_two(
+        self, group: PrefillGroup, full: int, tail: int, hashes: list[BlockHash], cached: list[int], reserve_blocks: int
+    ) -> bool:
+        fresh = full - len(cached) + (1 if tail else 0)
+        resident = self.managers[self.decode].lookup(hashes)
+        decode_fresh = full - len(resident) + len(group.sequences) if group.needs_decode else 0
+        if not self._has_room(self.prefill, cached, fresh, 0):
+            return False
+        if group.needs_decode and not self._has_room(self.decode, resident, decode_fresh, reserve_blocks):
+            return False
+        for sequence in group.sequences:
+            sequence.lease = SequenceLease(self.managers)
+        lease = group.leader.lease
+        assert lease is not None
+        lease.take(self.prefill, cached, fresh)
+        if group.needs_decode:
+            self._open_decode_tables(group, full, resident)
+        return True
+
+    def _open_decode_tables(self, group: PrefillGroup, full: int, resident: list[int]) -> None:
+        group.num_mirrored_blocks = len(resident)
+        shared, num_fresh = resident, full - len(resident) + 1
+        for sequence in group.sequences:
+            assert sequence.lease is not None
+            table = sequence.lease.take(self.decode, shared, num_fresh)
+            shared, num_fresh = table[:full], 1
+
+    def _has_room(self, card: int, shared: list[int], num_fresh: int, reserve_blocks: int) -> bool:
+        manager = self.managers[card]
+        return manager.num_free_blocks - manager.num_free_among(shared) >= num_fresh + reserve_blocks
+
+    def ensure_kv_resident(self, group: PrefillGroup) -> list[tuple[int, int]]:
+        """Blocks that launched prefill has completed and the decode card lacks, as (source, target) pairs."""
+        if not group.needs_decode:
+            return []
+        full, tail = divmod(group.num_launched_tokens, self.block_size)
+        assert group.leader.lease is not None
+        source = group.leader.lease.tables[self.prefill]
+        target = group.leader.lease.tables[self.decode]
+        pairs = []
+        if self.two_cards:
+            pairs = [(source[i], target[i]) for i in range(group.num_mirrored_blocks, full)]
+            group.num_mirrored_blocks = max(full, group.num_mirrored_blocks)
+        if tail and group.num_launched_tokens == group.num_tokens:
+            tables = [sequence.lease.tables[self.decode] for sequence in group.sequences if sequence.lease]
+            pairs += [(source[full], table[full]) for table in tables if table is not source]
+        return pairs
+
+    def mirror(self, group: PrefillGroup, after_step: int, done: Callable[[], None]) -> None:
+        """Hand the blocks of the chunk just launched to the decode card."""
+        pairs = self.ensure_kv_resident(group)
+        if not pairs:
+            return
+        group.copies_in_flight += 1
+
+        def finish() -> None:
+            group.copies_in_flight -= 1
+            done()
+
+        self.handoff(self.prefill, self.decode, pairs, after_step, finish)
+
+    def register_prefilled(self, group: PrefillGroup, num_tokens: int) -> None:
+        """The prefill card has written the leader's first `num_tokens`: their full blocks can be found from now on."""
+        lease = group.leader.lease
+        if lease is not None and self.prefill in lease.tables:
+            self._register(self.prefill, group.leader, num_tokens // self.block_size)
+
+    def register_resident(self, group: PrefillGroup) -> None:
+        """The decode card holds the prompt: its full blocks may be shared there while a sequence lives."""
+        if self.two_cards and group.needs_decode and group.members:
+            self._register(self.decode, group.members[0], group.num_tokens // self.block_size)
+
+    # -- evacuation, return, write-back
+
+    def evacuate(self, sequence: Sequence, done: Callable[[], None]) -> bool:
+        """Start moving a sequence to the prefill card; False if that is full too."""
+        lease = sequence.lease
+        assert lease is not None
+        if not self.two_cards:
+            return False
+        num_blocks = self._blocks_for(sequence.num_kv_tokens)
+        known_tokens = min(sequence.num_kv_tokens, len(sequence.tokens))  # the rest is still in flight
+        held = self.managers[self.prefill].lookup(self._hashes(sequence, known_tokens // self.block_size))
+        if not self._has_room(self.prefill, held, num_blocks - len(held), 0):
+            return False
+        target = lease.take(self.prefill, held, num_blocks - len(held))
+        pairs = list(zip(lease.tables[self.decode][len(held) : num_blocks], target[len(held) :], strict=True))
+
+        def finish() -> None:
+            if not sequence.finished:
+                lease.drop(self.decode)
+                self._register(self.prefill, sequence, sequence.num_kv_tokens // self.block_size)
+                done()
+
+        self.handoff(self.decode, self.prefill, pairs, self.managers[self.decode].launched_steps, finish)
+        return True
+
+    def bring_back(self, sequence: Sequence, reserve_blocks: int, done: Callable[[], None]) -> bool:
+        """Start moving an evacuated sequence to the decode card; False if there is no room yet."""
+        lease = sequence.lease
+        assert lease is not None
+        full = sequence.num_kv_tokens // self.block_size
+        resident = self.managers[self.decode].lookup(self._hashes(sequence, full))
+        num_fresh = full + 1 - len(resident)  # one more than full: the block that the next step writes
+        if not self._has_room(self.decode, resident, num_fresh, reserve_blocks):
+            return False
+        source = lease.tables[self.prefill]
+        target = lease.take(self.decode, resident, num_fresh)
+        pairs = list(zip(source[len(resident) :], target[len(resident) :], strict=False))
+
+        def finish() -> None:
+            if not sequence.finished:
+                lease.drop(self.prefill)
+                self._register(self.decode, sequence, full)
+                done()
+
+        self.handoff(self.prefill, self.decode, pairs, 0, finish)
+        return True
+
+    def write_back(self, sequence: Sequence) -> int | None:
+        """Make a sequence's full blocks findable on the prefill card, copying those it lacks.
+
+        Best effort: it takes blocks that are free now and never waits. The KV of the last token does not exist.
+        Returns the number of blocks copied, None if there was no room for them.
+        """
+        lease = sequence.lease
+        num_full = (len(sequence.tokens) - 1) // self.block_size
+        if not self.prefix_caching or lease is None or len(lease.tables.get(self.decode, ())) < num_full:
+            return 0
+        if not self.two_cards:
+            self._register(self.prefill, sequence, num_full)
+            return 0
+        return self._copy_back(sequence, lease.tables[self.decode], self._hashes(sequence, num_full))
+
+    def _copy_back(self, sequence: Sequence, table: list[int], hashes: list[BlockHash]) -> int | None:
+        manager = self.managers[self.prefill]
+        held = manager.lookup(hashes)
+        num_fresh = len(hashes) - len(held)
+        if not num_fresh:
+            return 0
+        if not self._has_room(self.prefill, held, num_fresh, 0):
+            return None
+        lease = SequenceLease(self.managers)  # holds the prefix while its continuation is taken: no self-eviction
+        targets = lease.take(self.prefill, held, num_fresh)[len(held) :]
+        pairs = list(zip(table[len(held) : len(hashes)], targets, strict=True))
+
+        def finish() -> None:
+            for target, block_hash in zip(targets, hashes[len(held) :], strict=True):
+                manager.register(target, block_hash)
+            lease.release()
+
+        self.handoff(self.decode, self.prefill, pairs, self.managers[self.decode].launched_steps, finish, lease)
+        return num_fresh
+
+    # -- small helpers
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def _hashes(self, sequence: Sequence, num_blocks: int) -> list[BlockHash]:
+        return sequence.hashes(num_blocks, self.block_size) if self.prefix_caching else []
+
+    def _register(self, card: int, sequence: Sequence, num_blocks: int) -> None:
+        lease = sequence.lease
+        assert lease is not None
+        for block, block_hash in zip(lease.tables[card], self._hashes(sequence, num_blocks), strict=False):
+            self.managers[card].register(block, block_hash)
