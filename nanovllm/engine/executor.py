@@ -1,0 +1,218 @@
+"""Where shards run. The engine launches shards and polls for completed jobs; it does not know what a card is.
+
+`InlineExecutor` runs each shard at once in the caller's thread: no threads, no run-ahead, the plain twin.
+`ThreadedExecutor` has one worker thread a card and one a copy direction. Tests bring a third one, which does
+everything late and in seeded disorder.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+from nanovllm.engine.shards import CopyShard, DecodeShard, PrefillShard, Shard, StepResult
+
+
+class Handle(Protocol):
+    """Work launched on a device. `wait` blocks until it has ended and returns its result, or raises."""
+
+    event: Any  # what a copy stream waits for; None where the work has ended already
+
+    def wait(self) -> StepResult | None: ...
+
+
+class Runner(Protocol):
+    """One card, as executors see it."""
+
+    def run_prefill(self, shard: PrefillShard) -> Handle: ...
+    def run_decode_core(self, shard: DecodeShard) -> Handle: ...
+    def run_copy(self, shard: CopyShard, target: Any, after: Any) -> Handle: ...
+
+
+@dataclass(slots=True)
+class Job:
+    """A launched shard and, once completed, its result or its error, and the seconds its device was busy with it."""
+
+    shard: Shard
+    after: Job | None = None  # a copy: the launched step that writes its source
+    result: StepResult | None = None
+    error: BaseException | None = None
+    seconds: float = 0.0
+    num_bytes: int = 0  # a copy: what it moved
+    handle: Handle | None = None
+    launched: threading.Event = field(default_factory=threading.Event)
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class Executor(ABC):
+    """Runs shards of one card in launch order; a copy not before its `after_step`; everything else in any order."""
+
+    def __init__(self) -> None:
+        self._completed: deque[Job] = deque()
+        self.num_in_flight = 0
+
+    @abstractmethod
+    def launch(self, shard: Shard) -> None:
+        """Take a shard; returns without waiting for earlier ones."""
+
+    def poll(self) -> list[Job]:
+        """Jobs completed since the last call, in completion order."""
+        jobs = []
+        while self._completed:
+            jobs.append(self._completed.popleft())
+        self.num_in_flight -= len(jobs)
+        return jobs
+
+    def close(self) -> None:
+        """Stop the workers after what they run now. Safe to call twice."""
+        return None  # nothing to stop where there are no workers
+
+
+def launch_on(runners: Mapping[int, Runner], shard: Shard, after: Any = None) -> Handle:
+    """Start `shard` on its card; `after` is the event a copy waits for."""
+    if isinstance(shard, PrefillShard):
+        return runners[shard.card].run_prefill(shard)
+    if isinstance(shard, DecodeShard):
+        return runners[shard.card].run_decode_core(shard)
+    return runners[shard.src].run_copy(shard, runners[shard.dst], after)
+
+
+def _measure(job: Job, seconds: float) -> None:
+    """Device seconds of a completed job: a copy's handle has measured its own, without what it waited for."""
+    measured = getattr(job.handle, "seconds", None)
+    job.seconds = seconds if measured is None else measured
+    job.num_bytes = getattr(job.handle, "num_bytes", 0)
+
+
+class InlineExecutor(Executor):
+    """Launch and wait, in the caller's thread."""
+
+    def __init__(self, runners: Mapping[int, Runner]) -> None:
+        super().__init__()
+        self._runners = runners
+
+    def launch(self, shard: Shard) -> None:
+        self.num_in_flight += 1
+        job = Job(shard)
+        begin = time.perf_counter()
+        try:
+            job.handle = launch_on(self._runners, shard)
+            job.result = job.handle.wait()
+        except Exception as error:
+            job.error = error
+        _measure(job, time.perf_counter() - begin)
+        self._completed.append(job)
+
+
+class Worker:
+    """A launching thread and a collecting thread over one FIFO: the next shard is launched while one still runs."""
+
+    def __init__(self, name: str, launch: Callable[[Job], Handle], completed: Callable[[Job], None]) -> None:
+        self._launch = launch
+        self._complete = completed
+        self._inbox: SimpleQueue[Job | None] = SimpleQueue()
+        self._in_flight: SimpleQueue[Job | None] = SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._launch_loop, name=f"nanovllm-{name}", daemon=True),
+            threading.Thread(target=self._collect_loop, name=f"nanovllm-{name}-collect", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, job: Job) -> None:
+        self._inbox.put(job)
+
+    def close(self) -> None:
+        self._inbox.put(None)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout=60)
+
+    def _launch_loop(self) -> None:
+        while (job := self._inbox.get()) is not None:
+            try:
+                job.handle = self._launch(job)
+            except Exception as error:
+                job.error = error
+            job.launched.set()
+            self._in_flight.put(job)
+        self._in_flight.put(None)
+
+    def _collect_loop(self) -> None:
+        last_end = 0.0
+        while (job := self._in_flight.get()) is not None:
+            begin = max(last_end, time.perf_counter())
+            try:
+                if job.handle is not None and job.error is None:
+                    job.result = job.handle.wait()
+            except Exception as error:
+                job.error = error
+            last_end = time.perf_counter()
+            _measure(job, job.seconds + last_end - begin)
+            if job.after is not None:
+                job.after.done.wait()  # the plan sees a step before the copies that follow it
+            self._complete(job)
+            job.done.set()
+
+
+class ThreadedExecutor(Executor):
+    """A worker a card, and a worker a copy direction. `notify` is called whenever a job has completed."""
+
+    def __init__(self, runners: Mapping[int, Runner], notify: Callable[[], None]) -> None:
+        super().__init__()
+        self._runners = runners
+        self._notify = notify
+        self._steps: dict[int, deque[tuple[int, Job]]] = {card: deque() for card in runners}
+        routes = {(src, dst) for src in runners for dst in runners}
+        self._cards = {card: Worker(f"card{card}", self._launch_step, self._complete) for card in runners}
+        self._links = {
+            route: Worker("copy{}to{}".format(*route), self._launch_copy, self._complete) for route in routes
+        }
+
+    def launch(self, shard: Shard) -> None:
+        self.num_in_flight += 1
+        if isinstance(shard, CopyShard):
+            self._links[shard.src, shard.dst].put(Job(shard, self._source_step(shard)))
+            return
+        job = Job(shard)
+        steps = self._steps[shard.card]
+        while steps and steps[0][1].done.is_set():
+            steps.popleft()
+        steps.append((shard.step, job))
+        self._cards[shard.card].put(job)
+
+    def _source_step(self, shard: CopyShard) -> Job | None:
+        """The launched step the copy must follow; None if it has completed. Engine thread only, like `launch`."""
+        running = [job for step, job in self._steps[shard.src] if step <= shard.after_step and not job.done.is_set()]
+        return running[-1] if running else None
+
+    def _launch_step(self, job: Job) -> Handle:
+        begin = time.perf_counter()
+        handle = launch_on(self._runners, job.shard)
+        job.seconds = time.perf_counter() - begin if handle.event is None else 0.0
+        return handle
+
+    def _launch_copy(self, job: Job) -> Handle:
+        event = None
+        if job.after is not None:
+            job.after.launched.wait()
+            event = job.after.handle.event if job.after.handle is not None else None
+            if event is None:  # no device event for the copy stream to wait for: wait here
+                job.after.done.wait()
+            if job.after.error is not None:
+                raise RuntimeError(f"the step that writes the source of {job.shard} failed") from job.after.error
+        return launch_on(self._runners, job.shard, event)
+
+    def _complete(self, job: Job) -> None:
+        self._completed.append(job)
+        self._notify()
+
+    def close(self) -> None:
+        for worker in (*self._cards.values(), *self._links.values()):
+            worker.close()

@@ -1,0 +1,239 @@
+"""The loop: take what callers left in the inbox, collect what cards completed, schedule, launch.
+
+With `overlap` one engine thread runs it and owns all plan state; callers only put messages and read their queue.
+Without, whoever waits for an output runs it, in the same order, with nothing in flight: the plain twin.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from nanovllm.config import Config
+from nanovllm.engine.executor import Executor, Job
+from nanovllm.engine.metrics import EngineMetrics
+from nanovllm.engine.scheduler import SampledToken, Scheduler
+from nanovllm.engine.sequence import Request, Sequence
+
+logger = logging.getLogger("nanovllm")
+
+
+class EngineDeadError(RuntimeError):
+    """The engine has failed or was closed; it answers no more requests. The cause is chained."""
+
+
+class OutputQueue:
+    """Requests that advanced, each at most once, in order. Written by the engine, read by one caller."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._advanced: dict[Request, None] = {}
+        self._error: BaseException | None = None
+
+    def put(self, request: Request) -> None:
+        with self._condition:
+            self._advanced[request] = None
+            self._condition.notify()
+
+    def fail(self, error: BaseException) -> None:
+        with self._condition:
+            self._error = error
+            self._condition.notify_all()
+
+    def take(self, timeout_s: float | None) -> list[Request]:
+        """Everything that advanced since the last call; waits up to `timeout_s` for the first. Raises if failed."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._advanced or self._error, timeout_s)
+            taken, self._advanced = list(self._advanced), {}
+            if self._error is not None and not taken:
+                raise EngineDeadError(f"the engine has stopped: {self._error}") from self._error
+            return taken
+
+
+class LLMEngine:
+    """Drives one `Scheduler` over one `Executor`. Touches no tensor."""
+
+    def __init__(
+        self, config: Config, scheduler: Scheduler, make_executor: Callable[[Callable[[], None]], Executor]
+    ) -> None:
+        self.config = config
+        self.scheduler = scheduler
+        self.metrics = EngineMetrics(len(scheduler.managers))
+        self._inbox: deque[tuple[Request, OutputQueue] | str] = deque()
+        self._live: dict[str, tuple[Request, OutputQueue]] = {}
+        self._wake = threading.Event()
+        self._lock = threading.RLock()
+        self._closing = False
+        self._error: BaseException | None = None
+        self.executor = make_executor(self._wake.set)
+        self._thread: threading.Thread | None = None
+
+    # -- callers' side, any thread
+
+    def start(self) -> None:
+        """Give the loop a thread of its own."""
+        self._thread = threading.Thread(target=self._run, name="nanovllm-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, queue: OutputQueue) -> None:
+        with self._lock:
+            if self._error is not None:
+                raise EngineDeadError(f"the engine has stopped: {self._error}") from self._error
+            self._live[request.request_id] = request, queue
+        self._inbox.append((request, queue))
+        self._wake.set()
+
+    def abort(self, request_id: str) -> None:
+        """End a request soon; unknown or finished ones are left alone."""
+        self._inbox.append(request_id)
+        self._wake.set()
+
+    def has_unfinished(self, queue: OutputQueue | None = None) -> bool:
+        """Whether any request (of `queue`) is unfinished."""
+        with self._lock:
+            return any(queue is None or owner is queue for _, owner in self._live.values())
+
+    def wait(self, queue: OutputQueue) -> list[Request]:
+        """Requests of `queue` that advanced; waits for at least one. Without an engine thread, runs the loop."""
+        if self._thread is not None:
+            return queue.take(None)
+        while not (advanced := queue.take(0)):
+            self._drive()
+        return advanced
+
+    def _drive(self) -> None:
+        with self._lock:
+            if self._error is None:
+                try:
+                    if not self.step():
+                        self._check_progress()
+                except Exception as error:
+                    self._die(error)
+
+    def close(self) -> None:
+        """Stop the loop and the workers; callers that still wait get `EngineDeadError`. Safe to call twice."""
+        self._closing = True
+        self._wake.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=60)
+        self.executor.close()
+        if self._error is None:
+            self._die(EngineDeadError("closed"))
+
+    # -- the loop, one thread
+
+    def step(self) -> bool:
+        """One iteration. True if anything happened."""
+        messages = self._take_inbox()
+        jobs = self.executor.poll()
+        for job in jobs:
+            self._collect(job)
+        shards = self.scheduler.schedule()
+        for shard in shards:
+            self.executor.launch(shard)
+        return bool(messages or jobs or shards)
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                self._wake.clear()
+                if not self.step():
+                    self._check_progress()
+                    self._wake.wait()
+        except BaseException as error:
+            logger.exception("the engine loop failed")
+            self._die(error)
+
+    def _take_inbox(self) -> int:
+        count = 0
+        while self._inbox:
+            message = self._inbox.popleft()
+            count += 1
+            if isinstance(message, str):
+                self._abort(message)
+            else:
+                self.scheduler.add(message[0])
+        return count
+
+    def _abort(self, request_id: str) -> None:
+        request, _ = self._live.get(request_id, (None, None))
+        if request is not None:
+            for sequence in request.sequences:
+                self._finish(sequence, "abort")
+            self._advanced(request)
+
+    def _collect(self, job: Job) -> None:
+        if job.error is not None:
+            raise job.error
+        sampled = self.scheduler.complete(job.shard, job.result)
+        self.metrics.record(job, len(sampled))
+        for token in sampled:
+            self._accept(token)
+        for request in {token.sequence.request: None for token in sampled}:
+            self._advanced(request)
+
+    def _accept(self, sampled: SampledToken) -> None:
+        sequence = sampled.sequence
+        sequence.append(sampled.token, sampled.logprobs)
+        reason, stop_reason = stop_of(sequence)
+        if reason is not None:
+            self._finish(sequence, reason, stop_reason)
+
+    def _finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
+        if sequence.watcher is not None and not sequence.finished:
+            sequence.watcher.flush()
+        self.scheduler.finish(sequence, reason, stop_reason)
+
+    def _advanced(self, request: Request) -> None:
+        _, queue = self._live[request.request_id]
+        if request.finished:
+            with self._lock:
+                del self._live[request.request_id]
+        queue.put(request)
+
+    def _check_progress(self) -> None:
+        """Nothing happened: then either something is in flight or nothing is left to do."""
+        if self.executor.num_in_flight == 0 and not self.scheduler.idle and not self._inbox:
+            raise RuntimeError(f"the plan is stuck: {self.scheduler.describe()}")
+
+    def _die(self, error: BaseException) -> None:
+        with self._lock:
+            self._error = error
+            queues = {queue for _, queue in self._live.values()}
+            self._live.clear()
+        for queue in queues:
+            queue.fail(error)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start, and the queues as they are now."""
+        return {
+            "uptime": time.perf_counter() - self.metrics.started,
+            **self.scheduler.stats(),
+            **self.metrics.as_dict(),
+        }
+
+
+def stop_of(sequence: Sequence) -> tuple[str | None, int | str | None]:
+    """(finish reason, stop reason) of a sequence that just grew, (None, None) if it goes on; vLLM's order of checks."""
+    request, params, token = sequence.request, sequence.request.params, sequence.tokens[-1]
+    past_minimum = sequence.num_output_tokens >= params.min_tokens
+    if past_minimum and token in request.eos_token_ids:
+        return _by_id(sequence, token, None)
+    if past_minimum and token in request.stop_token_ids:
+        return _by_id(sequence, token, token)
+    if sequence.watcher is not None:
+        # The text of the first min_tokens tokens may contain a stop string, what comes after may not.
+        found = sequence.watcher.push(token, search=sequence.num_output_tokens > params.min_tokens)
+        if found is not None:
+            return "stop", found
+    return ("length", None) if sequence.num_output_tokens >= request.max_tokens else (None, None)
+
+
+def _by_id(sequence: Sequence, token: int, stop_reason: int | None) -> tuple[str, int | None]:
+    if sequence.watcher is not None and sequence.request.params.include_stop_str_in_output:
+        sequence.watcher.push(token, search=False)
+    return "stop", stop_reason

@@ -1,0 +1,72 @@
+"""Counters of the engine: what each card did and for how long, and what the copies moved."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanovllm.engine.executor import Job
+from nanovllm.engine.shards import CopyShard, PrefillShard
+
+
+@dataclass(slots=True)
+class CardMetrics:
+    """One card's steps. Seconds are device seconds, as the executor measured them."""
+
+    prefill_steps: int = 0
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_steps: int = 0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+
+    def as_dict(self, uptime: float) -> dict[str, Any]:
+        busy = self.prefill_seconds + self.decode_seconds
+        return {name: getattr(self, name) for name in self.__slots__} | {"busy_share": busy / uptime if uptime else 0.0}
+
+
+@dataclass(slots=True)
+class EngineMetrics:
+    """Written by the engine thread, read by anyone."""
+
+    num_cards: int
+    started: float = field(default_factory=time.perf_counter)
+    cards: list[CardMetrics] = field(init=False)
+    copies: int = 0
+    copied_blocks: int = 0
+    copied_bytes: int = 0
+    copy_seconds: float = 0.0
+    sampled_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.cards = [CardMetrics() for _ in range(self.num_cards)]
+
+    def record(self, job: Job, num_sampled: int) -> None:
+        """Count a completed job; `num_sampled`: tokens of it that still had a taker."""
+        self.sampled_tokens += num_sampled
+        shard = job.shard
+        if isinstance(shard, CopyShard):
+            self._record_copy(job, shard)
+            return
+        card = self.cards[shard.card]
+        if isinstance(shard, PrefillShard):
+            card.prefill_steps += 1
+            card.prefill_tokens += shard.num_tokens
+            card.prefill_seconds += job.seconds
+        else:
+            card.decode_steps += 1
+            card.decode_tokens += len(shard.slots)
+            card.decode_seconds += job.seconds
+
+    def _record_copy(self, job: Job, shard: CopyShard) -> None:
+        self.copies += 1
+        self.copied_blocks += len(shard.block_pairs)
+        self.copied_bytes += job.num_bytes
+        self.copy_seconds += job.seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        uptime = time.perf_counter() - self.started
+        counters = ("copies", "copied_blocks", "copied_bytes", "copy_seconds", "sampled_tokens")
+        per_card = {f"card{i}": card.as_dict(uptime) for i, card in enumerate(self.cards)}
+        return {name: getattr(self, name) for name in counters} | per_card
