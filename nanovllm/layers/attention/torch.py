@@ -1,0 +1,85 @@
+"""Attention in plain torch: runs on every device, and is the reference for the kernels.
+
+Letters in names: T query tokens of a prefill batch, B decode rows, H query heads, K KV heads, G query heads
+per KV head, Q query tokens and C context tokens of one sequence, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, PrefillMetadata
+from nanovllm.models.model_config import ModelConfig
+
+QUERY_TILE_TOKENS = 1024  # bounds the mask (and the scores, where SDPA materialises them) of a long chunk
+
+
+class TorchAttention(AttentionBackend):
+    """Gathers each context from its pages and calls SDPA. Stateless, so cards may share it."""
+
+    name = "torch"
+
+    def __init__(self, model_config: ModelConfig) -> None:
+        self.num_kv_heads = model_config.num_key_value_heads
+
+    def store_kv(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:
+        block_size = k_pages.shape[1]
+        block, offset = slot_mapping // block_size, slot_mapping % block_size
+        k_pages[block, offset] = k
+        v_pages[block, offset] = v
+
+    def prefill(self, q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: PrefillMetadata) -> Tensor:
+        out_THD = torch.empty_like(q_THD)
+        start = 0
+        for row, (query_len, context_len) in enumerate(zip(meta.host_query_lens, meta.host_context_lens, strict=True)):
+            own = slice(start, start + query_len)
+            k_CKD = gather_context(k_pages, meta.block_tables[row], context_len)
+            v_CKD = gather_context(v_pages, meta.block_tables[row], context_len)
+            self._prefill_one(q_THD[own], k_CKD, v_CKD, out_THD[own])
+            start += query_len
+        assert start == q_THD.shape[0], f"host_query_lens add up to {start}, not to {q_THD.shape[0]} tokens"
+        return out_THD
+
+    def _prefill_one(self, q_QHD: Tensor, k_CKD: Tensor, v_CKD: Tensor, out_QHD: Tensor) -> None:
+        """Tile by tile over the queries; a tile sees the context up to its own last token."""
+        num_queries, num_context = q_QHD.shape[0], k_CKD.shape[0]
+        first_position = num_context - num_queries
+        for tile in torch.arange(num_queries).split(QUERY_TILE_TOKENS):
+            begin, end = int(tile[0]), int(tile[-1]) + 1
+            visible = first_position + end
+            out_QHD[begin:end] = self._causal(q_QHD[begin:end], k_CKD[:visible], v_CKD[:visible])
+
+    def _causal(self, q_QHD: Tensor, k_CKD: Tensor, v_CKD: Tensor) -> Tensor:
+        """Bottom-right aligned: the last query sees every context token."""
+        num_queries, num_context = q_QHD.shape[0], k_CKD.shape[0]
+        q_KGQD = q_QHD.unflatten(1, (self.num_kv_heads, -1)).permute(1, 2, 0, 3)
+        k_KGCD = k_CKD.permute(1, 0, 2).unsqueeze(1).expand(-1, q_KGQD.shape[1], -1, -1)
+        v_KGCD = v_CKD.permute(1, 0, 2).unsqueeze(1).expand(-1, q_KGQD.shape[1], -1, -1)
+        mask_QC = torch.ones(num_queries, num_context, dtype=torch.bool, device=q_QHD.device)
+        mask_QC = mask_QC.tril(num_context - num_queries)
+        out_KGQD = scaled_dot_product_attention(q_KGQD, k_KGCD, v_KGCD, attn_mask=mask_QC)
+        return out_KGQD.permute(2, 0, 1, 3).flatten(1, 2)
+
+    def decode(self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata) -> Tensor:
+        num_columns = -(-max(meta.max_context_tokens, 1) // k_pages.shape[1])
+        tables = meta.block_tables[:, :num_columns]
+        k_BKCD = k_pages[tables].flatten(1, 2).transpose(1, 2)
+        v_BKCD = v_pages[tables].flatten(1, 2).transpose(1, 2)
+        column_C = torch.arange(k_BKCD.shape[2], device=q_BHD.device)
+        valid_BC = column_C < meta.context_lens[:, None]
+        # Zeroed, not only masked: 0 · NaN is NaN in the sum over V, and so is NaN - inf in the scores.
+        stale = ~valid_BC[:, None, :, None]
+        k_BKCD, v_BKCD = k_BKCD.masked_fill(stale, 0), v_BKCD.masked_fill(stale, 0)
+        # A padding row (context 0) sees one zeroed token: a softmax over nothing would be NaN.
+        mask_BKGC = (column_C < meta.context_lens.clamp(min=1)[:, None])[:, None, None, :]
+        q_BKGD = q_BHD.unflatten(1, (self.num_kv_heads, -1))
+        out_BKGD = scaled_dot_product_attention(q_BKGD, k_BKCD, v_BKCD, attn_mask=mask_BKGC)
+        return out_BKGD.flatten(1, 2)
+
+
+def gather_context(pages: Tensor, block_table: Tensor, context_len: int) -> Tensor:
+    """One sequence's first `context_len` tokens, [context_len, K, D], of pages [blocks, block_size, K, D]."""
+    num_blocks = -(-context_len // pages.shape[1])
+    return pages[block_table[:num_blocks]].flatten(0, 1)[:context_len]

@@ -1,0 +1,239 @@
+"""Qwen3 dense, over a paged KV cache. Prefill and decode are one loop over two stages a layer.
+
+Between stages a pair travels: `hidden`, the last stage's output, and `residual`, the stream before it was
+added (None ahead of the first layer). The stream's value is their sum; each stage's norm does the adding.
+Letters in names: T tokens of a prefill batch, B decode rows, H query heads, K KV heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nanovllm.engine.kv_cache import KVCache
+from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, PrefillMetadata
+from nanovllm.layers.embedding import Embedding, project_to_logits
+from nanovllm.layers.linear import FusedLinear, Linear
+from nanovllm.layers.norm import RMSNorm
+from nanovllm.layers.rotary import RotaryEmbedding
+from nanovllm.models.model_config import ModelConfig
+
+AttentionMetadata = PrefillMetadata | DecodeMetadata
+
+
+class Qwen3Attention(nn.Module):
+    """Grouped-query attention with an RMSNorm on every query and key head, before RoPE."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        rotary: RotaryEmbedding,
+        backend: AttentionBackend,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.rotary, self.backend = rotary, backend
+        parts = {"q_proj": config.q_size, "k_proj": config.kv_size, "v_proj": config.kv_size}
+        self.qkv_proj = FusedLinear(config.hidden_size, parts, dtype, device)
+        self.o_proj = Linear(config.q_size, config.hidden_size, dtype, device)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
+
+    def forward(self, x: Tensor, positions: Tensor, kv_cache: KVCache, metadata: AttentionMetadata) -> Tensor:
+        """x [tokens, hidden] → [tokens, hidden]; stores the tokens' KV before attending."""
+        parts = self.qkv_proj.forward_parts(x)
+        q_THD, k_TKD, v_TKD = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        q_THD, k_TKD = self.rotary(positions, self.q_norm(q_THD), self.k_norm(k_TKD))
+        k_pages, v_pages = kv_cache.layer_view(self.layer)
+        self.backend.store_kv(k_TKD, v_TKD, k_pages, v_pages, metadata.slot_mapping)
+        if isinstance(metadata, PrefillMetadata):
+            out_THD = self.backend.prefill(q_THD, k_pages, v_pages, metadata)
+        else:
+            out_THD = self.backend.decode(q_THD, k_pages, v_pages, metadata)
+        return self.o_proj(out_THD.flatten(-2))
+
+    def checkpoint_slots(self) -> dict[str, Tensor]:
+        return self.qkv_proj.checkpoint_slots() | _slots(self, "o_proj", "q_norm", "k_norm")
+
+
+class Qwen3MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
+        self.gate_up_proj = FusedLinear(config.hidden_size, parts, dtype, device)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, dtype, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj.forward_parts(x)
+        return self.down_proj(F.silu(gate) * up)
+
+    def checkpoint_slots(self) -> dict[str, Tensor]:
+        return self.gate_up_proj.checkpoint_slots() | _slots(self, "down_proj")
+
+
+class Qwen3DecoderLayer(nn.Module):
+    """One layer as two stages, which may run on different partitions of a card."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        rotary: RotaryEmbedding,
+        backend: AttentionBackend,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.self_attn = Qwen3Attention(config, layer, rotary, backend, dtype, device)
+        self.mlp = Qwen3MLP(config, dtype, device)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+
+    def forward_attention_stage(
+        self,
+        hidden: Tensor,
+        residual: Tensor | None,
+        positions: Tensor,
+        kv_cache: KVCache,
+        metadata: AttentionMetadata,
+    ) -> tuple[Tensor, Tensor]:
+        """Norm, QKV, head norms, RoPE, KV store, attention, output projection."""
+        x, residual = self.input_layernorm.forward_add(hidden, residual)
+        return self.self_attn(x, positions, kv_cache, metadata), residual
+
+    def forward_ffn_stage(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Norm, gate and up, SiLU product, down."""
+        x, residual = self.post_attention_layernorm.forward_add(hidden, residual)
+        return self.mlp(x), residual
+
+    def checkpoint_slots(self) -> dict[str, Tensor]:
+        return _slots(self, "self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+
+
+class Qwen3ForCausalLM(nn.Module):
+    """The whole model on one card, its weights uninitialised (see `nanovllm.models.loader`).
+
+    `max_position_tokens` bounds the positions it may be given. No weight requires a gradient, so it needs no
+    autograd mode around it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: AttentionBackend,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_position_tokens: int,
+    ) -> None:
+        super().__init__()
+        self.config, self.attention = config, attention
+        self.dtype, self.max_position_tokens = dtype, max_position_tokens
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, device)
+        self.device = self.embed_tokens.weight.device  # with its index, where the caller said "cuda"
+        rotary = RotaryEmbedding(config, max_position_tokens, device)
+        self.layers = nn.ModuleList(
+            Qwen3DecoderLayer(config, layer, rotary, attention, dtype, device)
+            for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.lm_head = (
+            self.embed_tokens
+            if config.tie_word_embeddings
+            else Embedding(config.vocab_size, config.hidden_size, dtype, device)
+        )
+
+    def forward_prefill(
+        self,
+        input_ids_T: Tensor,
+        positions_T: Tensor,
+        kv_cache: KVCache,
+        metadata: PrefillMetadata,
+        logits_index: Tensor,
+    ) -> Tensor:
+        """Compute a batch of chunks and store their KV; float32 logits [len(logits_index), vocab_size].
+
+        input_ids_T, positions_T: int64 [T], the sequences' tokens one after the other. logits_index: int64,
+        the rows of T whose logits are wanted (last tokens of finished prompts); if none, no lm_head work.
+        """
+        hidden, residual = self._forward_layers(input_ids_T, positions_T, kv_cache, metadata)
+        if logits_index.shape[0] == 0:
+            return hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
+        return self.compute_logits(hidden[logits_index], residual[logits_index])
+
+    def forward_decode(
+        self, input_ids_B: Tensor, positions_B: Tensor, kv_cache: KVCache, metadata: DecodeMetadata
+    ) -> Tensor:
+        """One token for each row, int64 [B]; float32 logits [B, vocab_size]. Never waits for the card."""
+        return self.compute_logits(*self._forward_layers(input_ids_B, positions_B, kv_cache, metadata))
+
+    def _forward_layers(
+        self, input_ids: Tensor, positions: Tensor, kv_cache: KVCache, metadata: AttentionMetadata
+    ) -> tuple[Tensor, Tensor]:
+        hidden: Tensor = self.embed_tokens(input_ids)
+        residual: Tensor | None = None
+        for layer in range(self.config.num_hidden_layers):
+            hidden, residual = self.forward_attention_stage(layer, hidden, residual, positions, kv_cache, metadata)
+            hidden, residual = self.forward_ffn_stage(layer, hidden, residual)
+        assert residual is not None, "a model has at least one layer"
+        return hidden, residual
+
+    def forward_attention_stage(
+        self,
+        layer: int,
+        hidden: Tensor,
+        residual: Tensor | None,
+        positions: Tensor,
+        kv_cache: KVCache,
+        metadata: AttentionMetadata,
+    ) -> tuple[Tensor, Tensor]:
+        """StageA of `layer`: norm, QKV, head norms, RoPE, KV store, attention, output projection."""
+        return self._layer(layer).forward_attention_stage(hidden, residual, positions, kv_cache, metadata)
+
+    def forward_ffn_stage(self, layer: int, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """StageF of `layer`: norm, gate and up, SiLU product, down."""
+        return self._layer(layer).forward_ffn_stage(hidden, residual)
+
+    def _layer(self, layer: int) -> Qwen3DecoderLayer:
+        return cast(Qwen3DecoderLayer, self.layers[layer])
+
+    def compute_logits(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """Final norm and projection of what the last layer returned; float32 [rows, vocab_size]."""
+        x, _ = self.norm.forward_add(hidden, residual)
+        return project_to_logits(x, self.lm_head.weight)
+
+    def copy_to(self, device: torch.device, attention: AttentionBackend | None = None) -> Qwen3ForCausalLM:
+        """The same weights in storage of their own on `device`; complete when it returns.
+
+        `attention`: a backend for the copy, where the backend keeps state per card; by default the same one.
+        """
+        copy = Qwen3ForCausalLM(self.config, attention or self.attention, self.dtype, device, self.max_position_tokens)
+        for source, target in zip(self.parameters(), copy.parameters(), strict=True):
+            target.copy_(source)
+        if copy.device.type == "cuda":
+            torch.cuda.synchronize(copy.device)  # streams other than today's will read them
+        return copy
+
+    def checkpoint_slots(self) -> dict[str, Tensor]:
+        """Every tensor a checkpoint must hold: its name there → the view of a parameter that takes it."""
+        slots = {f"model.{name}": slot for name, slot in _slots(self, "embed_tokens", "norm").items()}
+        for index in range(self.config.num_hidden_layers):
+            of_layer = self._layer(index).checkpoint_slots()
+            slots |= {f"model.layers.{index}.{name}": slot for name, slot in of_layer.items()}
+        return slots if self.config.tie_word_embeddings else slots | _slots(self, "lm_head")
+
+
+def _slots(module: nn.Module, *children: str) -> dict[str, Tensor]:
+    """The checkpoint slots of the named children, their names prefixed with the child's."""
+    return {
+        f"{child}.{name}": slot
+        for child in children
+        for name, slot in getattr(module, child).checkpoint_slots().items()
+    }
