@@ -149,9 +149,7 @@ class SamplingParams:
 
     def _check_combinations(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}"
-            )
+            raise ValueError(f"min_tokens must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}")
         if self.is_greedy and self.n > 1:
             raise ValueError(f"n must be 1 when greedy (temperature 0), got {self.n}")
 

@@ -1,0 +1,104 @@
+"""From a configuration to runners: which devices, whose weights, how many blocks each."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from nanovllm.config import Config
+from nanovllm.engine.kv_cache import KVCache
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.layers.attention import make_attention_backend
+from nanovllm.models.loader import load_model
+from nanovllm.models.model_config import ModelConfig
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
+
+logger = logging.getLogger("nanovllm")
+
+CPU_POOL_BYTES = 1 << 30  # at most, for each card in host memory
+ACTIVATION_ROWS = 8  # tensors of the widest layer alive at once in a prefill step, with a margin
+
+
+def resolve_devices(config: Config) -> list[torch.device]:
+    """The device of card 0 and, with `enable_two_gpu_pd`, of card 1. Impossible ones raise before any work."""
+    ids = [config.prefill_device_id] + ([config.decode_device_id] if config.enable_two_gpu_pd else [])
+    named = f"prefill_device_id={config.prefill_device_id}, decode_device_id={config.decode_device_id}"
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"enable_two_gpu_pd=True needs two different devices, got {named}")
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    if kind == "cpu":
+        return [torch.device("cpu")] * len(ids)
+    count = torch.cuda.device_count()
+    if max(ids) >= count:
+        raise ValueError(
+            f"{named}: enable_two_gpu_pd={config.enable_two_gpu_pd} needs CUDA devices that exist, have {count}"
+        )
+    return [torch.device("cuda", i) for i in ids]
+
+
+def resolve_dtype(config: Config, model_config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The configured one; auto: the checkpoint's on a GPU, float32 on a CPU."""
+    name = config.dtype
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else model_config.dtype
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def build_runners(
+    config: Config, folder: Path, model_config: ModelConfig, max_model_len: int, devices: list[torch.device]
+) -> list[ModelRunner]:
+    """Load the weights once, hand them from card to card, and give each card its own pool."""
+    ids = [config.prefill_device_id, config.decode_device_id]
+    dtype = resolve_dtype(config, model_config, devices[0])
+    attention = make_attention_backend(config.attention_backend, model_config)
+    first = load_model(
+        folder, model_config, attention, dtype, devices[0], max_model_len, config.load_format, seed=config.seed
+    )
+    models = [first, *(first.copy_to(device) for device in devices[1:])]
+    runners = []
+    for card, (model, device) in enumerate(zip(models, devices, strict=True)):
+        num_blocks = count_blocks(config, model_config, max_model_len, model, device, card)
+        cache = KVCache(num_blocks, config.kvcache_block_size, model_config, dtype, device)
+        runners.append(ModelRunner(ids[card], model, cache, config.max_num_seqs, max_model_len))
+        logger.info("card %d: %s, %s, %d blocks of %d tokens", card, device, dtype, num_blocks, cache.block_size)
+    return runners
+
+
+def count_blocks(
+    config: Config,
+    model_config: ModelConfig,
+    max_model_len: int,
+    model: Qwen3ForCausalLM,
+    device: torch.device,
+    card: int,
+) -> int:
+    """KV blocks of one card: as configured, else what its own memory holds. `ValueError` if that is too little."""
+    if config.num_kvcache_blocks is not None:
+        given = config.num_kvcache_blocks
+        return given[card] if isinstance(given, tuple) else given
+    dtype_bytes = model.dtype.itemsize
+    block_bytes = model_config.kv_bytes_per_token(dtype_bytes) * config.kvcache_block_size
+    useful = config.max_num_seqs * -(-max_model_len // config.kvcache_block_size)
+    if device.type == "cpu":
+        return max(2, min(CPU_POOL_BYTES // block_bytes, useful))
+    budget_bytes = gpu_budget_bytes(config, model_config, dtype_bytes, device)
+    if budget_bytes < 2 * block_bytes:
+        raise ValueError(
+            f"gpu_memory_utilization={config.gpu_memory_utilization} leaves {budget_bytes} bytes on {device} for KV, "
+            f"two blocks need {2 * block_bytes}"
+        )
+    return int(min(budget_bytes // block_bytes, max(2, useful)))
+
+
+def gpu_budget_bytes(config: Config, model_config: ModelConfig, dtype_bytes: int, device: torch.device) -> int:
+    """Bytes for KV pages: the allowed share of the card, less what is in use and what one full step may take."""
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    in_use_bytes = total_bytes - free_bytes
+    width = max(model_config.intermediate_size * 2, model_config.q_size + 2 * model_config.kv_size)
+    step_bytes = config.max_num_batched_tokens * width * dtype_bytes * ACTIVATION_ROWS
+    logits_bytes = config.max_num_seqs * model_config.vocab_size * 4 * ACTIVATION_ROWS
+    return int(total_bytes * config.gpu_memory_utilization) - in_use_bytes - step_bytes - logits_bytes

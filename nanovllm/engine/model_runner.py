@@ -1,0 +1,197 @@
+"""One card: its weights, KV pages, stream and slots. Turns shards into launched work; knows of no other card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from nanovllm.engine.kv_cache import CopyHandle, KVCache
+from nanovllm.engine.shards import (
+    CopyShard,
+    DecodeShard,
+    PrefillShard,
+    SamplingRow,
+    StepResult,
+    TokenLogprobs,
+)
+from nanovllm.engine.slot_state import SlotState, fill_counts
+from nanovllm.layers.attention import PrefillMetadata
+from nanovllm.layers.sampler import SamplingBatch, gather_logprobs, sample
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
+
+
+class StepHandle:
+    """A launched step. `event` marks its end on the card; None on a CPU, where it has ended already."""
+
+    def __init__(self, token_ids: Tensor, logprobs: tuple[Tensor, ...], wanted: list[int | None]) -> None:
+        self._wanted = wanted
+        self._host = [_to_host(tensor) for tensor in (token_ids, *logprobs)]
+        self.event = torch.cuda.current_stream().record_event() if token_ids.is_cuda else None
+
+    def wait(self) -> StepResult:
+        """Block until the step has ended; its sampled ids and the logprobs that rows asked for."""
+        if self.event is not None:
+            self.event.synchronize()
+        ids = self._host[0].tolist()
+        if len(self._host) == 1:
+            return StepResult(ids)
+        return StepResult(ids, _logprobs(self._wanted, *(tensor.tolist() for tensor in self._host[1:])))
+
+
+class ModelRunner:
+    """Runs prefill and decode steps on one card, in launch order, on one stream of its own.
+
+    Entries: `run_prefill(shard)`, `run_decode_core(shard)` and `run_copy(shard, target, after)`; each returns a
+    handle at once (on a CPU, a completed one). `device_id` is the card's number, also on a CPU.
+    """
+
+    def __init__(
+        self, device_id: int, model: Qwen3ForCausalLM, kv_cache: KVCache, max_num_seqs: int, max_model_len: int
+    ) -> None:
+        self.device_id = device_id
+        self.device = kv_cache.device
+        self.model = model
+        self.kv_cache = kv_cache
+        self.block_size = kv_cache.block_size
+        max_blocks = -(-max_model_len // self.block_size)
+        vocab_size = model.config.vocab_size
+        self.slots = SlotState(max_num_seqs, max_blocks, self.block_size, kv_cache.null_block, vocab_size, self.device)
+        on_gpu = self.device.type == "cuda"
+        self.stream = torch.cuda.Stream(self.device) if on_gpu else None
+        self.copy_stream = torch.cuda.Stream(self.device) if on_gpu else None
+        if on_gpu:
+            torch.cuda.synchronize(self.device)  # buffers were cleared on the default stream
+
+    @torch.inference_mode()
+    def run_prefill(self, shard: PrefillShard) -> StepHandle:
+        """Compute the chunks' KV; sample where a chunk is its prompt's last. Rows as `shard` lists its samples."""
+        with self._on_card():
+            tokens, positions, metadata, last = self._prefill_inputs(shard)
+            logits = self.model.forward_prefill(tokens, positions, self.kv_cache, metadata, last)
+            rows = [row for chunk in shard.chunks for row in chunk.samples]
+            batch = self._first_token_batch(rows)
+            token_ids = sample(logits, batch)
+            return self._handle(logits, token_ids, [row.params.logprobs for row in rows])
+
+    @torch.inference_mode()
+    def run_decode_core(self, shard: DecodeShard) -> StepHandle:
+        """Advance every slot of the shard by one token."""
+        with self._on_card():
+            self.slots.apply(shard)
+            slots_B, tokens_B, positions_B, metadata = self.slots.inputs(shard)
+            logits = self.model.forward_decode(tokens_B, positions_B, self.kv_cache, metadata)
+            token_ids = sample(logits, self.slots.sampling_batch(shard, slots_B))
+            self.slots.advance(slots_B, token_ids)
+            params = [self.slots.params[slot] for slot in shard.slots]
+            return self._handle(logits, token_ids, [p.logprobs if p is not None else None for p in params])
+
+    @torch.inference_mode()
+    def run_copy(self, shard: CopyShard, target: ModelRunner, after: torch.cuda.Event | None) -> CopyHandle:
+        """Send blocks from this card to `target`, not before `after`."""
+        events = [] if after is None else [after]
+        return self.kv_cache.mirror_to(target.kv_cache, shard.block_pairs, self.copy_stream, events)
+
+    # -- inputs of a prefill step
+
+    def _prefill_inputs(self, shard: PrefillShard) -> tuple[Tensor, Tensor, PrefillMetadata, Tensor]:
+        starts = [chunk.start for chunk in shard.chunks]
+        query_lens = [len(chunk.tokens) for chunk in shard.chunks]
+        context_lens = [start + count for start, count in zip(starts, query_lens, strict=True)]
+        positions = [p for start, end in zip(starts, context_lens, strict=True) for p in range(start, end)]
+        ends = list(accumulate(query_lens))
+        last = [end - 1 for chunk, end in zip(shard.chunks, ends, strict=True) for _ in chunk.samples]
+        metadata = PrefillMetadata(
+            cu_seqlens_q=self._int32([0, *ends]),
+            context_lens=self._int32(context_lens),
+            block_tables=self._int32(self._padded_tables(shard)),
+            slot_mapping=self._int64(self._slot_mapping(shard)),
+            max_query_tokens=max(query_lens),
+            max_context_tokens=max(context_lens),
+            host_query_lens=tuple(query_lens),
+            host_context_lens=tuple(context_lens),
+        )
+        tokens = [token for chunk in shard.chunks for token in chunk.tokens]
+        return self._int64(tokens), self._int64(positions), metadata, self._int64(last)
+
+    def _padded_tables(self, shard: PrefillShard) -> list[list[int]]:
+        width = max(len(chunk.block_table) for chunk in shard.chunks)
+        null = self.kv_cache.null_block
+        return [[*chunk.block_table, *[null] * (width - len(chunk.block_table))] for chunk in shard.chunks]
+
+    def _slot_mapping(self, shard: PrefillShard) -> list[int]:
+        size = self.block_size
+        return [
+            chunk.block_table[p // size] * size + p % size
+            for chunk in shard.chunks
+            for p in range(chunk.start, chunk.start + len(chunk.tokens))
+        ]
+
+    def _first_token_batch(self, rows: list[SamplingRow]) -> SamplingBatch:
+        return SamplingBatch.from_params(
+            [row.params for row in rows],
+            [row.seed for row in rows],
+            [row.position for row in rows],
+            self.device,
+            **self._vocabulary_tables(rows),
+        )
+
+    def _vocabulary_tables(self, rows: list[SamplingRow]) -> dict[str, Tensor]:
+        """[rows, vocabulary] tables, only those that some row reads."""
+        shape = len(rows), self.model.config.vocab_size
+        tables: dict[str, Tensor] = {}
+        if any(row.params.has_penalty for row in rows):
+            tables["output_counts"] = torch.zeros(shape, dtype=torch.int32, device=self.device)
+            tables["prompt_mask"] = torch.zeros(shape, dtype=torch.bool, device=self.device)
+            for i, row in enumerate(rows):
+                fill_counts(tables["output_counts"][i], tables["prompt_mask"][i], row)
+        if any(row.stop_ids for row in rows):
+            tables["banned"] = torch.zeros(shape, dtype=torch.bool, device=self.device)
+            for i, row in enumerate(rows):
+                tables["banned"][i, self._int64(row.stop_ids)] = True
+        return tables
+
+    # -- small helpers
+
+    def _handle(self, logits: Tensor, token_ids: Tensor, wanted: list[int | None]) -> StepHandle:
+        most = max((k for k in wanted if k is not None), default=None)
+        logprobs = () if most is None else gather_logprobs(logits, token_ids, min(most, logits.shape[-1]))
+        return StepHandle(token_ids, logprobs, wanted)
+
+    @contextmanager
+    def _on_card(self) -> Iterator[None]:
+        """Current device and stream are this thread's own state: set for every step."""
+        if self.stream is None:
+            yield
+            return
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            yield
+
+    def _int32(self, values: list[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def _int64(self, values: list[int] | tuple[int, ...]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy into pinned memory that a later event orders; the tensor itself on a CPU."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _logprobs(
+    wanted: list[int | None],
+    chosen: list[float],
+    ranks: list[int],
+    top_ids: list[list[int]],
+    top: list[list[float]],
+) -> list[TokenLogprobs | None]:
+    return [
+        None if k is None else TokenLogprobs(chosen[i], ranks[i], tuple(zip(top_ids[i][:k], top[i][:k], strict=True)))
+        for i, k in enumerate(wanted)
+    ]

@@ -1,0 +1,145 @@
+"""What a card remembers of the sequences it decodes: one row a slot, advanced on the card itself.
+
+The host sends only what changes (a sequence enters a slot, a table grows); tokens, lengths and output positions
+advance on the card, so that a step can be launched before the previous one's result is known to the host.
+
+Shape suffixes: S slots, B rows of this step, V vocabulary, N blocks a sequence can have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nanovllm.engine.shards import DecodeShard, SamplingRow, SlotEntry
+from nanovllm.layers.attention import DecodeMetadata
+from nanovllm.layers.sampler import SamplingBatch, sampling_features, sampling_filters
+from nanovllm.sampling_params import SamplingParams
+
+
+class SlotState:
+    """Static buffers of one decode card, and beside them what the host knows of each slot's sampling."""
+
+    def __init__(
+        self, num_slots: int, max_blocks: int, block_size: int, null_block: int, vocab_size: int, device: torch.device
+    ) -> None:
+        self.block_size = block_size
+        self.null_block = null_block
+        self.vocab_size = vocab_size
+        self.device = device
+        self.params: list[SamplingParams | None] = [None] * num_slots
+        self.last_token_S = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.num_kv_tokens_S = torch.zeros_like(self.last_token_S)
+        self.position_S = torch.zeros_like(self.last_token_S)
+        self.seed_S = torch.zeros_like(self.last_token_S)
+        self.top_k_S = torch.zeros_like(self.last_token_S)
+        self.min_tokens_S = torch.zeros_like(self.last_token_S)
+        self.floats_S6 = torch.zeros(num_slots, 6, dtype=torch.float32, device=device)  # see sampling_floats
+        self.block_tables_SN = torch.full((num_slots, max_blocks), null_block, dtype=torch.int32, device=device)
+        # [S, V] tables exist only once a request needs them: 0.3 GB each at 512 slots of Qwen3's vocabulary.
+        self.counts_SV: Tensor | None = None
+        self.prompt_SV: Tensor | None = None
+        self.banned_SV: Tensor | None = None
+
+    def apply(self, shard: DecodeShard) -> None:
+        """Take in what changed since the last step."""
+        for entry in shard.entries:
+            self._enter(entry)
+        if shard.new_blocks:
+            slots, columns, blocks = zip(*((new.slot, new.column, new.block) for new in shard.new_blocks), strict=True)
+            self.block_tables_SN[self._ids(slots), self._ids(columns)] = self._ids(blocks).int()
+
+    def _enter(self, entry: SlotEntry) -> None:
+        row, slot, p = entry.sampling, entry.slot, entry.sampling.params
+        self.params[slot] = p
+        self.last_token_S[slot] = entry.last_token
+        self.num_kv_tokens_S[slot] = entry.num_kv_tokens
+        self.position_S[slot] = row.position
+        self.seed_S[slot] = row.seed
+        self.top_k_S[slot] = sampling_filters(p)[0]
+        self.min_tokens_S[slot] = p.min_tokens
+        self.floats_S6[slot] = torch.tensor(sampling_floats(p), device=self.device)
+        self.block_tables_SN[slot] = self.null_block
+        self.block_tables_SN[slot, : len(entry.block_table)] = self._ids(entry.block_table).int()
+        self._enter_tables(slot, row)
+
+    def _enter_tables(self, slot: int, row: SamplingRow) -> None:
+        if row.params.has_penalty:
+            if self.counts_SV is None or self.prompt_SV is None:
+                self.counts_SV = self._table(torch.int32)
+                self.prompt_SV = self._table(torch.bool)
+            fill_counts(self.counts_SV[slot], self.prompt_SV[slot], row)
+        if row.stop_ids and self.banned_SV is None:
+            self.banned_SV = self._table(torch.bool)
+        if self.banned_SV is not None:  # cleared also for a row that bans nothing: another request's ids may be there
+            self.banned_SV[slot] = False
+            self.banned_SV[slot, self._ids(row.stop_ids)] = True
+
+    def inputs(self, shard: DecodeShard) -> tuple[Tensor, Tensor, Tensor, DecodeMetadata]:
+        """(slots, token ids, positions, metadata) of a step, each of B rows."""
+        slots_B = self._ids(shard.slots)
+        positions_B = self.num_kv_tokens_S[slots_B]
+        width = -(-shard.max_context_tokens // self.block_size)
+        tables_BN = self.block_tables_SN[slots_B, :width]
+        blocks_B = tables_BN.gather(1, (positions_B // self.block_size)[:, None])[:, 0].long()
+        mapping_B = blocks_B * self.block_size + positions_B % self.block_size
+        metadata = DecodeMetadata((positions_B + 1).int(), tables_BN, mapping_B, shard.max_context_tokens)
+        return slots_B, self.last_token_S[slots_B], positions_B, metadata
+
+    def sampling_batch(self, shard: DecodeShard, slots_B: Tensor) -> SamplingBatch:
+        """Sampling of a step's rows, read from the slots; features as the host knows them."""
+        params = [p for p in (self.params[slot] for slot in shard.slots) if p is not None]
+        temperature, top_p, min_p, presence, frequency, repetition = self.floats_S6[slots_B].unbind(1)
+        position_B = self.position_S[slots_B]
+        penalty = any(p.has_penalty for p in params)
+        banned = None
+        if self.banned_SV is not None and any(p.min_tokens for p in params):
+            banned = self.banned_SV[slots_B] & (position_B < self.min_tokens_S[slots_B])[:, None]
+        return SamplingBatch(
+            temperature=temperature,
+            top_k=self.top_k_S[slots_B],
+            top_p=top_p,
+            min_p=min_p,
+            presence=presence,
+            frequency=frequency,
+            repetition=repetition,
+            seed=self.seed_S[slots_B],
+            position=position_B,
+            # Rows without a penalty may read another request's leftovers here: their factors are neutral.
+            output_counts=self.counts_SV[slots_B] if penalty and self.counts_SV is not None else None,
+            prompt_mask=self.prompt_SV[slots_B] if penalty and self.prompt_SV is not None else None,
+            banned=banned,
+            **sampling_features(params, self.device),
+        )
+
+    def advance(self, slots_B: Tensor, token_ids_B: Tensor) -> None:
+        """The step's rows have one more token: in the KV cache the old last one, as last one the sampled."""
+        self.last_token_S[slots_B] = token_ids_B
+        self.num_kv_tokens_S[slots_B] += 1
+        self.position_S[slots_B] += 1
+        if self.counts_SV is not None:
+            self.counts_SV[slots_B, token_ids_B] += 1
+
+    def _table(self, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(len(self.params), self.vocab_size, dtype=dtype, device=self.device)
+
+    def _ids(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor(ids, dtype=torch.int64, device=self.device)
+
+
+def fill_counts(counts_V: Tensor, prompt_V: Tensor, row: SamplingRow) -> None:
+    """Write a row's counts of generated ids and its mask of prompt ids."""
+    counts_V.zero_()
+    prompt_V.zero_()
+    outputs = torch.tensor(row.output_ids, dtype=torch.int64, device=counts_V.device)
+    counts_V.index_add_(0, outputs, torch.ones_like(outputs, dtype=counts_V.dtype))
+    prompt_V[torch.tensor(row.prompt_ids, dtype=torch.int64, device=prompt_V.device)] = True
+
+
+def sampling_floats(p: SamplingParams) -> tuple[float, ...]:
+    """temperature, top_p, min_p, presence, frequency, repetition; the filters of a greedy row are off."""
+    _, top_p, min_p = sampling_filters(p)
+    temperature = 0.0 if p.is_greedy else p.temperature
+    return temperature, top_p, min_p, p.presence_penalty, p.frequency_penalty, p.repetition_penalty
