@@ -1,0 +1,295 @@
+"""`LLM`: what users call. Checks and tokenises in the caller's thread, then reads one queue a call."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from nanovllm.admission import Limits, Prompt, as_params, as_prompts, check_request, check_token_ids
+from nanovllm.config import Config
+from nanovllm.engine.cards import build_runners, resolve_devices
+from nanovllm.engine.detokenizer import IncrementalDetokenizer, StopWatcher
+from nanovllm.engine.executor import InlineExecutor, ThreadedExecutor
+from nanovllm.engine.llm_engine import LLMEngine, OutputQueue
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Request
+from nanovllm.models.loader import resolve_model
+from nanovllm.models.model_config import load_model_config
+from nanovllm.outputs import RequestOutput, StreamOutput
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.tokenizer import Message, Tokenizer
+
+
+class LLM:
+    """A Qwen3 model on one card, or prefill on one card and decode on another (`enable_two_gpu_pd=True`).
+
+    `model`: a local folder in Hugging Face format, or a hub id. Keywords: see `Config`. Every method may be called
+    from any thread. Mistakes raise `ValueError` (`FileNotFoundError` for missing files) before any work.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], **kwargs: Any) -> None:
+        self.config = config = Config.from_kwargs(os.fspath(model) if isinstance(model, os.PathLike) else model, kwargs)
+        devices = resolve_devices(config)
+        folder = resolve_model(config.model, config.revision)
+        self.model_config = load_model_config(folder)
+        self.max_model_len = min(config.max_model_len, self.model_config.max_context_tokens)
+        self.tokenizer = Tokenizer(folder)
+        runners = build_runners(config, folder, self.model_config, self.max_model_len, devices)
+        self.prefill_runner: ModelRunner = runners[0]
+        self.decode_runner: ModelRunner = runners[-1]
+        self._limits = Limits(
+            self.model_config.vocab_size,
+            self.max_model_len,
+            config.kvcache_block_size,
+            tuple(runner.kv_cache.num_blocks for runner in runners),
+        )
+        self._arrivals = itertools.count()
+        self._arrival_lock = threading.Lock()
+        self._hash_seed = secrets.randbits(64)
+        self._steps = OutputQueue()
+        self._steps_lock = threading.Lock()
+        self._engine = _start_engine(config, runners)
+        # Also runs at interpreter exit. The engine's threads hold no reference to this object.
+        self._finalizer = weakref.finalize(self, self._engine.close)
+
+    # -- whole answers
+
+    def generate(
+        self,
+        prompts: str | list[str] | list[int] | list[list[int]],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer every prompt; outputs in the order of the prompts. Interrupted, it aborts what it has begun."""
+        items = as_prompts(prompts)
+        queue = OutputQueue()
+        params = as_params(sampling_params, len(items))
+        with tqdm(total=len(items), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as bar:
+            rates = _Rates(self._engine)
+            requests = self._submit(items, params, queue)
+            for _ in self._finished(requests, queue):
+                bar.set_postfix_str(rates.text(), refresh=False)
+                bar.update(1)
+        return [RequestOutput(request, self.tokenizer) for request in requests]
+
+    def chat(
+        self,
+        messages: list[Message] | list[list[Message]],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of a list of them, through the checkpoint's chat template."""
+        many = isinstance(messages, (list, tuple)) and messages and isinstance(messages[0], (list, tuple))
+        conversations = messages if many else [messages]
+        for conversation in conversations:
+            if not _is_conversation(conversation):
+                raise ValueError(
+                    f"a conversation must be a list of messages with role and content, got {conversation!r}"
+                )
+        if not isinstance(chat_template_kwargs, (Mapping, type(None))):
+            raise ValueError(f"chat_template_kwargs must be a mapping, got {chat_template_kwargs!r}")
+        texts = [self.tokenizer.apply_chat_template(c, chat_template_kwargs or {}) for c in conversations]  # type: ignore[arg-type]
+        return self.generate(texts, sampling_params, use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamOutput]:
+        """Yield the answer piece by piece as it grows. Closing the iterator aborts the request.
+
+        The prompt is checked at the call, not at the first piece.
+        """
+        (params,) = as_params(sampling_params, 1)
+        queue = OutputQueue()
+        (request,) = self._submit([prompt], [params], queue)
+        increments = self._increments(request, queue)
+        next(increments)  # into its `try`: from now on, whatever ends the iterator aborts the request
+        return increments
+
+    # -- one step at a time
+
+    def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> str:
+        """Queue a request for `step()`; returns its id."""
+        (request,) = self._submit([prompt], as_params(params, 1), self._steps)
+        return request.request_id
+
+    def step(self) -> list[RequestOutput]:
+        """Requests of `add_request` that advanced or ended since the last call; waits for one. [] if none is left."""
+        with self._steps_lock:  # two threads that wait for the same last request would leave one waiting
+            outputs = self._news(self._steps.take(0))
+            while not outputs and self._engine.has_unfinished(self._steps):
+                outputs = self._news(self._engine.wait(self._steps))
+            return outputs
+
+    def abort(self, request_id: str) -> None:
+        """End a request soon, from any thread; unknown and finished ids are left alone."""
+        if not isinstance(request_id, str):
+            raise ValueError(f"request_id must be a string, as add_request returns it, got {request_id!r}")
+        self._engine.abort(request_id)
+
+    def has_unfinished(self) -> bool:
+        """Whether a request of `add_request` has not ended, or has news that `step()` has not returned yet."""
+        return self._engine.has_unfinished(self._steps)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start and the state of the queues, see the README."""
+        return self._engine.stats()
+
+    def close(self) -> None:
+        """Stop the engine. Callers that still wait get `EngineDeadError`. Safe to call twice."""
+        self._finalizer()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # -- inside
+
+    def _submit(self, prompts: list[Any], params: list[SamplingParams], queue: OutputQueue) -> list[Request]:
+        """Check everything first: either all prompts are submitted or none."""
+        checked = [self._check(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+        requests = [self._make_request(*arguments) for arguments in checked]
+        for request in requests:
+            self._engine.submit(request, queue)
+        return requests
+
+    def _check(self, prompt: Any, params: SamplingParams) -> tuple[str | None, list[int], SamplingParams, int]:
+        text = prompt if isinstance(prompt, str) else None
+        ids = check_token_ids(prompt if text is None else self.tokenizer.encode(text), self._limits)
+        if params.stop and not self.tokenizer.available:
+            raise ValueError(f"stop={params.stop!r} needs a tokenizer, and this checkpoint has none")
+        return text, ids, params, check_request(ids, params, self._limits)
+
+    def _make_request(self, text: str | None, ids: list[int], params: SamplingParams, max_tokens: int) -> Request:
+        with self._arrival_lock:
+            arrival = next(self._arrivals)
+        request = Request(
+            str(arrival),
+            arrival,
+            text,
+            ids,
+            params,
+            max_tokens=max_tokens,
+            eos_token_ids=self.model_config.eos_token_ids,
+            engine_seed=self.config.seed,
+            hash_seed=self._hash_seed,
+        )
+        for sequence in request.sequences if request.stop_strings else ():
+            sequence.watcher = StopWatcher(
+                self._decoder(params), request.stop_strings, params.include_stop_str_in_output
+            )
+        return request
+
+    def _decoder(self, params: SamplingParams) -> Any:
+        tokenizer = self.tokenizer  # not `self`: the engine's thread keeps this function
+        return lambda ids: tokenizer.decode(ids, params.skip_special_tokens)
+
+    def _news(self, advanced: list[Request]) -> list[RequestOutput]:
+        """Views of requests whose end was not told yet: a view may have seen an end that is announced only now."""
+        outputs = []
+        for request in advanced:
+            if not request.end_was_told:
+                outputs.append(RequestOutput(request, self.tokenizer))
+                request.end_was_told = outputs[-1].finished
+        return outputs
+
+    def _finished(self, requests: list[Request], queue: OutputQueue) -> Iterator[Request]:
+        """Each request as it ends; whatever stops the reader aborts the rest."""
+        left = set(requests)
+        try:
+            while left:
+                for request in self._engine.wait(queue):
+                    if request.finished and request in left:
+                        left.remove(request)
+                        yield request
+        finally:
+            for request in left:
+                self._engine.abort(request.request_id)
+
+    def _increments(self, request: Request, queue: OutputQueue) -> Iterator[StreamOutput]:
+        pieces = [_Increment(index, self._decoder(request.params)) for index in range(request.params.n)]
+        try:
+            yield StreamOutput("", [])  # taken by `stream`
+            finished = False
+            while not finished:
+                self._engine.wait(queue)
+                output = RequestOutput(request, self.tokenizer)
+                finished = output.finished
+                for piece, completion in zip(pieces, output.outputs, strict=True):
+                    yield from piece.of(completion, self.tokenizer.available)
+        finally:
+            self._engine.abort(request.request_id)
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(message, Mapping) for message in value)
+
+
+class _Increment:
+    """What of one answer has been yielded already. Text that a stop string may still cut is held back."""
+
+    def __init__(self, index: int, decode: Any) -> None:
+        self._index = index
+        self._num_tokens = 0
+        self._text = ""
+        self._detokenizer = IncrementalDetokenizer(decode)
+        self._ended = False
+
+    def of(self, completion: Any, with_text: bool) -> Iterator[StreamOutput]:
+        ids = completion.token_ids[self._num_tokens :]
+        ended = completion.finish_reason is not None
+        if self._ended or not (ids or ended):
+            return
+        self._num_tokens += len(ids)
+        self._ended = ended
+        text = self._piece(completion, ids) if with_text else ""
+        yield StreamOutput(text, ids, self._index, completion.finish_reason)
+
+    def _piece(self, completion: Any, ids: list[int]) -> str:
+        if completion.finish_reason is not None:
+            return completion.text[len(self._text) :]
+        params = completion.params
+        piece = self._detokenizer.push(ids)
+        if params.stop:  # stored as a tuple
+            held = max(map(len, params.stop)) - 1
+            certain = self._detokenizer.text[: max(0, len(self._detokenizer.text) - held)]
+            piece = certain[len(self._text) :]
+        self._text += piece
+        return piece
+
+
+class _Rates:
+    """Tokens per second of each card since the bar began, for its postfix."""
+
+    def __init__(self, engine: LLMEngine) -> None:
+        self._engine = engine
+        self._started = time.perf_counter()
+        self._before = self._now()
+
+    def _now(self) -> list[tuple[int, int]]:
+        return [(card.prefill_tokens, card.decode_tokens) for card in self._engine.metrics.cards]
+
+    def text(self) -> str:
+        seconds = time.perf_counter() - self._started
+        pairs = zip(self._now(), self._before, strict=True)
+        rates = [((now[0] - old[0]) / seconds, (now[1] - old[1]) / seconds) for now, old in pairs]
+        return ", ".join(f"card {i}: prefill {p:.0f} decode {d:.0f} tok/s" for i, (p, d) in enumerate(rates))
+
+
+def _start_engine(config: Config, runners: list[ModelRunner]) -> LLMEngine:
+    cards = dict(enumerate(runners))
+    scheduler = Scheduler(config, tuple(runner.kv_cache.num_blocks for runner in runners))
+    if not config.overlap:
+        return LLMEngine(config, scheduler, lambda notify: InlineExecutor(cards))
+    engine = LLMEngine(config, scheduler, lambda notify: ThreadedExecutor(cards, notify))
+    engine.start()
+    return engine

@@ -1,0 +1,69 @@
+"""The checkpoint's tokenizer and chat template, through transformers; no code of a checkpoint is ever run."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+Message = Mapping[str, Any]
+
+
+class Tokenizer:
+    """Thread-safe encoding, decoding and chat templates. `available` is False for a folder without a tokenizer."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()  # fast tokenizers refuse to be shared by threads while they encode
+        self._tokenizer = _load(folder)
+
+    @property
+    def available(self) -> bool:
+        return self._tokenizer is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, with the special tokens that the checkpoint adds (Qwen3 adds none)."""
+        with self._lock:
+            tokenizer = self._require("text prompts")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"the prompt is not valid Unicode: {error}") from error
+            return list(tokenizer.encode(text))
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids. Ids that the tokenizer does not know (padding of the logits) have no text."""
+        with self._lock:
+            tokenizer = self._require("text")
+            known = [token for token in ids if token < len(tokenizer)]
+            return tokenizer.decode(known, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+    def apply_chat_template(self, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> str:
+        """The prompt of a conversation, ready for the assistant's answer."""
+        with self._lock:
+            tokenizer = self._require("chat")
+            if not tokenizer.chat_template:
+                raise ValueError(f"the tokenizer in {self._folder} has no chat template")
+            options = {"add_generation_prompt": True, **kwargs, "tokenize": False}
+            try:
+                return tokenizer.apply_chat_template(list(messages), **options)
+            except Exception as error:  # a template can fail in any way: it is the checkpoint's program
+                raise ValueError(f"the chat template failed on {messages!r} with {dict(kwargs)!r}: {error}") from error
+
+    def _require(self, what: str) -> Any:
+        if self._tokenizer is None:
+            raise ValueError(f"{what} needs a tokenizer, and {self._folder} has none: pass and read token ids instead")
+        return self._tokenizer
+
+
+def _load(folder: Path) -> Any:
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer  # here: seconds of import that token-id users need not wait for
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a broken file makes the library raise, the caller learns which folder
+        raise ValueError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
