@@ -27,10 +27,22 @@ from nanovllm.models.qwen3 import Qwen3ForCausalLM
 class StepHandle:
     """A launched step. `event` marks its end on the card; None on a CPU, where it has ended already."""
 
-    def __init__(self, token_ids: Tensor, logprobs: tuple[Tensor, ...], wanted: list[int | None]) -> None:
+    def __init__(
+        self,
+        token_ids: Tensor,
+        logprobs: tuple[Tensor, ...],
+        wanted: list[int | None],
+        start: torch.cuda.Event | None,
+    ) -> None:
         self._wanted = wanted
         self._host = [_to_host(tensor) for tensor in (token_ids, *logprobs)]
-        self.event = torch.cuda.current_stream().record_event() if token_ids.is_cuda else None
+        self._start = start
+        self.event = None if start is None else _timed_event()
+
+    @property
+    def seconds(self) -> float | None:
+        """Device time from the step's first kernel to its last; None on a CPU, where the caller's clock tells."""
+        return None if self._start is None or self.event is None else self._start.elapsed_time(self.event) / 1e3
 
     def wait(self) -> StepResult:
         """Block until the step has ended; its sampled ids and the logprobs that rows asked for."""
@@ -69,25 +81,25 @@ class ModelRunner:
     @torch.inference_mode()
     def run_prefill(self, shard: PrefillShard) -> StepHandle:
         """Compute the chunks' KV; sample where a chunk is its prompt's last. Rows as `shard` lists its samples."""
-        with self._on_card():
+        with self._on_card() as start:
             tokens, positions, metadata, last = self._prefill_inputs(shard)
             logits = self.model.forward_prefill(tokens, positions, self.kv_cache, metadata, last)
             rows = [row for chunk in shard.chunks for row in chunk.samples]
             batch = self._first_token_batch(rows)
             token_ids = sample(logits, batch)
-            return self._handle(logits, token_ids, [row.params.logprobs for row in rows])
+            return self._handle(logits, token_ids, [row.params.logprobs for row in rows], start)
 
     @torch.inference_mode()
     def run_decode_core(self, shard: DecodeShard) -> StepHandle:
         """Advance every slot of the shard by one token."""
-        with self._on_card():
+        with self._on_card() as start:
             self.slots.apply(shard)
             slots_B, tokens_B, positions_B, metadata = self.slots.inputs(shard)
             logits = self.model.forward_decode(tokens_B, positions_B, self.kv_cache, metadata)
             token_ids = sample(logits, self.slots.sampling_batch(shard, slots_B))
             self.slots.advance(slots_B, token_ids)
             params = [self.slots.params[slot] for slot in shard.slots]
-            return self._handle(logits, token_ids, [p.logprobs if p is not None else None for p in params])
+            return self._handle(logits, token_ids, [p.logprobs if p is not None else None for p in params], start)
 
     @torch.inference_mode()
     def run_copy(self, shard: CopyShard, target: ModelRunner, after: torch.cuda.Event | None) -> CopyHandle:
@@ -156,25 +168,33 @@ class ModelRunner:
 
     # -- small helpers
 
-    def _handle(self, logits: Tensor, token_ids: Tensor, wanted: list[int | None]) -> StepHandle:
+    def _handle(
+        self, logits: Tensor, token_ids: Tensor, wanted: list[int | None], start: torch.cuda.Event | None
+    ) -> StepHandle:
         most = max((k for k in wanted if k is not None), default=None)
         logprobs = () if most is None else gather_logprobs(logits, token_ids, min(most, logits.shape[-1]))
-        return StepHandle(token_ids, logprobs, wanted)
+        return StepHandle(token_ids, logprobs, wanted, start)
 
     @contextmanager
-    def _on_card(self) -> Iterator[None]:
-        """Current device and stream are this thread's own state: set for every step."""
+    def _on_card(self) -> Iterator[torch.cuda.Event | None]:
+        """Current device and stream are this thread's own state: set for every step. Yields the step's start."""
         if self.stream is None:
-            yield
+            yield None
             return
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            yield
+            yield _timed_event()
 
     def _int32(self, values: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
     def _int64(self, values: list[int] | tuple[int, ...]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def _timed_event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def _to_host(tensor: Tensor) -> Tensor:
