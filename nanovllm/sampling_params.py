@@ -159,8 +159,13 @@ class SamplingParams:
             object.__setattr__(self, name, value)
 
 
+def _is_a(kind: type, value: Any) -> bool:
+    """True and False are integers to Python; here they are a mistake."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def _integer(name: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not _is_a(Integral, value):
         raise ValueError(f"{name} must be an integer, got {reprlib.repr(value)}")
     if not low <= value <= high:
         raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
@@ -172,7 +177,7 @@ def _optional_integer(name: str, value: Any, low: int, high: int) -> int | None:
 
 
 def _number(name: str, value: Any, low: float, high: float, *, low_is_allowed: bool = True) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not _is_a(Real, value):
         raise ValueError(f"{name} must be a number, got {reprlib.repr(value)}")
     # A NaN fails every comparison, and both limits are finite: neither NaN nor an infinity gets through.
     if not low <= value <= high or (value == low and not low_is_allowed):

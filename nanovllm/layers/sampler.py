@@ -7,8 +7,9 @@ The draw is an exponential race (Gumbel-max): the winner of `argmax(p / E)`, wit
 exponentials, is distributed as p; in logs, `argmax(x - log E)`. It needs no sum over p, hence no second
 pass, and p need not be normalised. E comes from a counter-based hash of (seed, position, id).
 
-Filters become one threshold per row and are applied to all ids at once. No row's result depends on
-which path another row takes, nothing here waits for the device, and all shapes are known to the host.
+A filter is a threshold per row (for top_p with a count of the ids tied at it), applied to all ids at
+once. No row's result depends on which path another row takes, nothing here waits for the device, and all
+shapes are known to the host.
 
 Shape suffixes: B rows (one per sequence), V vocabulary, C top-k candidates, N rows sorted in full,
 R rows of any kind, X ids of any kind.
