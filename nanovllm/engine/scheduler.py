@@ -32,6 +32,9 @@ from nanovllm.engine.shards import (
 PREFILL_STEPS_IN_FLIGHT = 2  # one computes, one waits in the card's queue: the host never starves the card
 
 
+ON_DECODE_CARD = frozenset({State.PREFILLING, State.COPYING, State.READY, State.DECODING, State.RETURNING})
+
+
 class SampledToken(NamedTuple):
     sequence: Sequence
     token: int
@@ -62,6 +65,7 @@ class Scheduler:
         self.evacuating: set[Sequence] = set()
         self.evacuated: list[Sequence] = []
         self.returning: set[Sequence] = set()
+        self.num_on_decode_card = 0  # sequences that hold, or are taking, blocks there to decode
         self.free_slots = list(range(config.max_num_seqs))[::-1]
         self.launched: dict[tuple[int, int], list[Sequence] | list[tuple[PrefillGroup, int]]] = {}
         self.prefills_in_flight = 0
@@ -139,6 +143,7 @@ class Scheduler:
             request.num_cached_tokens = group.num_launched_tokens
         for sequence in group.sequences:
             sequence.move_to(State.PREFILLING)
+        self.num_on_decode_card += len(group.sequences)
         self.counts["cached_tokens"] += group.num_launched_tokens
         self.prefilling.append(group)
 
@@ -241,6 +246,7 @@ class Scheduler:
     def _evict(self, sequence: Sequence) -> None:
         """To the prefill card if that has room; else its KV is dropped and computed again, its tokens are kept."""
         self._leave_queue(sequence)
+        self.num_on_decode_card -= 1
         if self.handoff.evacuate(sequence, partial(self._evacuated, sequence)):
             sequence.move_to(State.EVACUATING)
             self.evacuating.add(sequence)
@@ -269,6 +275,7 @@ class Scheduler:
                 return
             self.evacuated.pop(0)
             sequence.move_to(State.RETURNING)
+            self.num_on_decode_card += 1
             self.returning.add(sequence)
 
     def _returned(self, sequence: Sequence) -> None:
@@ -278,8 +285,7 @@ class Scheduler:
 
     def _reserve_blocks(self) -> int:
         """The watermark on the decode card: a block for each sequence that lives there, plus the run-ahead."""
-        entering = sum(len(group.members) for group in (*self.prefilling, *self.copying))
-        living = entering + len(self.ready) + len(self.running) + len(self.returning)
+        living = self.num_on_decode_card
         return living + self.config.steps_ahead if living else 0
 
     def _update_pause(self) -> None:
@@ -358,8 +364,10 @@ class Scheduler:
         """End a sequence in any state. Copies and steps in flight keep its blocks until they have drained."""
         if sequence.finished:
             return
-        resident = sequence.state in (State.DECODING, State.EVACUATING)
+        state = sequence.state
+        resident = state in (State.DECODING, State.EVACUATING)
         self._leave_queue(sequence)
+        self.num_on_decode_card -= state in ON_DECODE_CARD
         if resident and reason in ("stop", "length"):
             self._write_back(sequence)
         if sequence.lease is not None:
@@ -369,7 +377,8 @@ class Scheduler:
         sequence.stop_reason = stop_reason
         if all(sibling.finished for sibling in sequence.request.sequences):
             sequence.request.timeline.mark("finished")
-        self.prefilling = deque(group for group in self.prefilling if group.members)
+        if state is State.PREFILLING:
+            self.prefilling = deque(group for group in self.prefilling if group.members)
         sequence.finish_reason = reason  # last: readers look at it first
 
     def _write_back(self, sequence: Sequence) -> None:
@@ -406,6 +415,10 @@ class Scheduler:
         """Owners of every block on every card, recounted. For tests and idle times: it walks all blocks."""
         waiting = [sequence for _, group in self.waiting for sequence in group.members]
         assert all(sequence.lease is None for sequence in waiting), "a sequence holds blocks while it waits for more"
+        counted = sum(sequence.state in ON_DECODE_CARD for sequence in self.living())
+        assert counted == self.num_on_decode_card, (
+            f"{counted} sequences on the decode card, not {self.num_on_decode_card}"
+        )
         for card, manager in self.managers.items():
             owners: Counter[int] = Counter()
             leases = [sequence.lease for sequence in self.living()]
