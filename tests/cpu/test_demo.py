@@ -19,7 +19,7 @@ TIE_NATS = 1e-4  # closer than this, the reference itself has no opinion
 def code_prompts() -> list[str]:
     """50 prompts: beginnings of lines and of functions from the standard library, from 1 token to some hundreds."""
     rng = random.Random(0)
-    short = ["def fibonacci(n):", "import os", "class Stack:", "x", "for i in range(10):\n", "    return ", "# ", "\n\n"]
+    short = ["def fibonacci(n):", "import os", "class Stack:", "x", "for i in range(3):\n", "    return ", "# ", "\n\n"]
     sources = [inspect.getsource(f) for f in (textwrap.dedent, random.Random.shuffle, inspect.getmro, Path.read_text)]
     lines = [line for source in sources for line in source.splitlines() if line.strip()]
     long = [source[: rng.randrange(100, len(source) + 1)] for source in sources]
