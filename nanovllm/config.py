@@ -143,7 +143,7 @@ class Config:
 
 
 def _one_of(name: str, value: object, allowed: tuple[Any, ...]) -> None:
-    if isinstance(value, bool) or value not in allowed:
+    if isinstance(value, bool) or not isinstance(value, type(allowed[0])) or value not in allowed:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, allowed))}")
 
 

@@ -71,12 +71,10 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer every prompt; outputs in the order of the prompts. Interrupted, it aborts what it has begun."""
         items = as_prompts(prompts)
-        queue = OutputQueue()
-        params = as_params(sampling_params, len(items))
-        with tqdm(total=len(items), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as bar:
+        requests = self._checked(items, as_params(sampling_params, len(items)))
+        with tqdm(total=len(requests), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as bar:
             rates = _Rates(self._engine)
-            requests = self._submit(items, params, queue)
-            for _ in self._finished(requests, queue):
+            for _ in self._finished(requests):
                 bar.set_postfix_str(rates.text(), refresh=False)
                 bar.update(1)
         return [RequestOutput(request, self.tokenizer) for request in requests]
@@ -106,9 +104,8 @@ class LLM:
 
         The prompt is checked at the call, not at the first piece.
         """
-        (params,) = as_params(sampling_params, 1)
         queue = OutputQueue()
-        (request,) = self._submit([prompt], [params], queue)
+        request = self._submit(prompt, sampling_params, queue)
         increments = self._increments(request, queue)
         next(increments)  # into its `try`: from now on, whatever ends the iterator aborts the request
         return increments
@@ -117,8 +114,7 @@ class LLM:
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> str:
         """Queue a request for `step()`; returns its id."""
-        (request,) = self._submit([prompt], as_params(params, 1), self._steps)
-        return request.request_id
+        return self._submit(prompt, params, self._steps).request_id
 
     def step(self) -> list[RequestOutput]:
         """Requests of `add_request` that advanced or ended since the last call; waits for one. [] if none is left."""
@@ -154,13 +150,15 @@ class LLM:
 
     # -- inside
 
-    def _submit(self, prompts: list[Any], params: list[SamplingParams], queue: OutputQueue) -> list[Request]:
-        """Check everything first: either all prompts are submitted or none."""
+    def _checked(self, prompts: list[Any], params: list[SamplingParams]) -> list[Request]:
+        """Check everything first: either all prompts become requests or none."""
         checked = [self._check(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
-        requests = [self._make_request(*arguments) for arguments in checked]
-        for request in requests:
-            self._engine.submit(request, queue)
-        return requests
+        return [self._make_request(*arguments) for arguments in checked]
+
+    def _submit(self, prompt: Prompt, params: SamplingParams | None, queue: OutputQueue) -> Request:
+        (request,) = self._checked([prompt], as_params(params, 1))
+        self._engine.submit(request, queue)
+        return request
 
     def _check(self, prompt: Any, params: SamplingParams) -> tuple[str | None, list[int], SamplingParams, int]:
         text = prompt if isinstance(prompt, str) else None
@@ -202,10 +200,12 @@ class LLM:
                 request.end_was_told = outputs[-1].finished
         return outputs
 
-    def _finished(self, requests: list[Request], queue: OutputQueue) -> Iterator[Request]:
-        """Each request as it ends; whatever stops the reader aborts the rest."""
-        left = set(requests)
+    def _finished(self, requests: list[Request]) -> Iterator[Request]:
+        """Submit the requests and yield each as it ends; whatever stops the reader aborts the rest."""
+        queue, left = OutputQueue(), set(requests)
         try:
+            for request in requests:
+                self._engine.submit(request, queue)
             while left:
                 for request in self._engine.wait(queue):
                     if request.finished and request in left:

@@ -7,39 +7,42 @@ from collections.abc import Callable, Sequence
 Decode = Callable[[Sequence[int]], str]
 
 INCOMPLETE = "\ufffd"  # a decoder's sign for bytes that do not (yet) make a character
-MAX_HELD_TOKENS = 8  # a character is at most four bytes, hence four tokens: what is held longer is really invalid
 
 
 class IncrementalDetokenizer:
     """Pieces of text whose concatenation is the text of all ids pushed so far, as far as it is certain.
 
     A token's text depends on its neighbours (bytes of one character, spaces between words), so each piece is the
-    difference of two decodings of a short window, as Hugging Face's text-generation-inference does it.
+    difference of two decodings of a short window, as Hugging Face's text-generation-inference does it. Only the
+    last character can still change: what stands before it is certain even among invalid bytes.
     """
 
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
         self._ids: list[int] = []
         self._window = 0  # ids before it no longer influence what follows
-        self._emitted = 0  # ids before it are in `text`
+        self._boundary = 0  # ids before it are whole characters, all in `text`
+        self._num_emitted = 0  # characters of the window's text that are in `text`
         self.text = ""
 
     def push(self, ids: Sequence[int]) -> str:
         """Add ids and return the piece of text that became certain; "" while a character is incomplete."""
         self._ids += ids
-        return self._emit(force=len(self._ids) - self._emitted > MAX_HELD_TOKENS)
+        return self._emit(force=False)
 
     def flush(self) -> str:
         """The rest: no id will follow."""
         return self._emit(force=True)
 
     def _emit(self, force: bool) -> str:
-        known = self._decode(self._ids[self._window : self._emitted])
         whole = self._decode(self._ids[self._window :])
-        if not force and (whole.endswith(INCOMPLETE) or len(whole) <= len(known)):
-            return ""
-        self._window, self._emitted = self._emitted, len(self._ids)
-        piece = whole[len(known) :]
+        incomplete = whole.endswith(INCOMPLETE)
+        certain = len(whole) - (incomplete and not force)
+        piece = whole[self._num_emitted : certain]
+        self._num_emitted = certain
+        if not incomplete:
+            self._window, self._boundary = self._boundary, len(self._ids)
+            self._num_emitted = len(self._decode(self._ids[self._window :]))
         self.text += piece
         return piece
 
@@ -51,7 +54,6 @@ class StopWatcher:
         self._detokenizer = IncrementalDetokenizer(decode)
         self._stop = stop
         self._include_stop = include_stop
-        self._longest = max(map(len, stop))
         self.found: str | None = None
         self.cut: int | None = None
 
@@ -72,8 +74,9 @@ class StopWatcher:
     def _find(self, piece: str) -> str | None:
         """The stop string that begins first in the text's new end; of several there, the one listed first."""
         text = self._detokenizer.text
-        start = max(0, len(text) - len(piece) - self._longest + 1)
-        hits = [(at, i) for i, stop in enumerate(self._stop) if (at := text.find(stop, start)) >= 0]
+        old = len(text) - len(piece)  # a stop string within the old text was not searched for: `min_tokens`
+        starts = [max(0, old - len(stop) + 1) for stop in self._stop]
+        hits = [(at, i) for i, stop in enumerate(self._stop) if (at := text.find(stop, starts[i])) >= 0]
         if not hits:
             return None
         at, i = min(hits)

@@ -7,10 +7,13 @@ Without, whoever waits for an output runs it, in the same order, with nothing in
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from nanovllm.config import Config
@@ -43,6 +46,9 @@ class OutputQueue:
         with self._condition:
             self._error = error
             self._condition.notify_all()
+
+    def __bool__(self) -> bool:
+        return bool(self._advanced)
 
     def take(self, timeout_s: float | None) -> list[Request]:
         """Everything that advanced since the last call; waits up to `timeout_s` for the first. Raises if failed."""
@@ -93,9 +99,11 @@ class LLMEngine:
         self._wake.set()
 
     def has_unfinished(self, queue: OutputQueue | None = None) -> bool:
-        """Whether any request (of `queue`) is unfinished."""
+        """Whether any request is unfinished; of `queue`: unfinished, or advanced since it was last taken from."""
         with self._lock:
-            return any(queue is None or owner is queue for _, owner in self._live.values())
+            if queue is None:
+                return bool(self._live)
+            return bool(queue) or any(owner is queue for _, owner in self._live.values())
 
     def wait(self, queue: OutputQueue) -> list[Request]:
         """Requests of `queue` that advanced; waits for at least one. Without an engine thread, runs the loop."""
@@ -106,13 +114,15 @@ class LLMEngine:
         return advanced
 
     def _drive(self) -> None:
-        with self._lock:
+        with self._lock, _interrupts_held():
             if self._error is None:
                 try:
                     if not self.step():
                         self._check_progress()
-                except Exception as error:
+                except BaseException as error:  # whatever it was, the plan is half made
                     self._die(error)
+                    if not isinstance(error, Exception):
+                        raise
 
     def close(self) -> None:
         """Stop the loop and the workers; callers that still wait get `EngineDeadError`. Safe to call twice."""
@@ -120,9 +130,9 @@ class LLMEngine:
         self._wake.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=60)
-        self.executor.close()
         if self._error is None:
             self._die(EngineDeadError("closed"))
+        self.executor.close()  # last: it waits for what the cards run now, callers need not
 
     # -- the loop, one thread
 
@@ -139,8 +149,10 @@ class LLMEngine:
 
     def _run(self) -> None:
         try:
-            while not self._closing:
+            while True:
                 self._wake.clear()
+                if self._closing:  # looked at after `clear`: `close` sets it before it wakes the loop
+                    return
                 if not self.step():
                     self._check_progress()
                     self._wake.wait()
@@ -153,10 +165,10 @@ class LLMEngine:
         while self._inbox:
             message = self._inbox.popleft()
             count += 1
-            if isinstance(message, str):
-                self._abort(message)
-            else:
+            if isinstance(message, tuple):
                 self.scheduler.add(message[0])
+            else:
+                self._abort(message)
         return count
 
     def _abort(self, request_id: str) -> None:
@@ -182,6 +194,8 @@ class LLMEngine:
         reason, stop_reason = stop_of(sequence)
         if reason is not None:
             self._finish(sequence, reason, stop_reason)
+        else:
+            sequence.num_settled_outputs = sequence.num_output_tokens
 
     def _finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         if sequence.watcher is not None and not sequence.finished:
@@ -189,11 +203,11 @@ class LLMEngine:
         self.scheduler.finish(sequence, reason, stop_reason)
 
     def _advanced(self, request: Request) -> None:
-        _, queue = self._live[request.request_id]
-        if request.finished:
-            with self._lock:
+        with self._lock:  # its end is in the queue at the moment it stops being unfinished
+            _, queue = self._live[request.request_id]
+            if request.finished:
                 del self._live[request.request_id]
-        queue.put(request)
+            queue.put(request)
 
     def _check_progress(self) -> None:
         """Nothing happened: then either something is in flight or nothing is left to do."""
@@ -215,6 +229,23 @@ class LLMEngine:
             **self.scheduler.stats(),
             **self.metrics.as_dict(),
         }
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C in the middle of a step would leave the plan half made: it takes effect when the step has ended."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda *call: held.append(call))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if held:
+        handler(*held[-1])
 
 
 def stop_of(sequence: Sequence) -> tuple[str | None, int | str | None]:

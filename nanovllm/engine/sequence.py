@@ -56,6 +56,7 @@ class Sequence:
         self.num_card_blocks = 0  # leading entries of its table that its slot on the card knows; 0: not entered
         self.num_in_flight = 0  # sampled tokens launched and not yet collected
         self.block_hashes: list[BlockHash] = []  # of the leading full blocks, as far as they were asked for
+        self.num_settled_outputs = 0  # output tokens that no stop rule takes back: what readers may see
         self.token_times: list[float] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
@@ -150,6 +151,7 @@ class Request:
         self.hash_seed = hash_seed
         self.timeline = Timeline()
         self.num_cached_tokens = 0
+        self.end_was_told = False  # by `step()`, which tells it once
         root = derive_seed(engine_seed, arrival) if params.seed is None else derive_seed(params.seed)
         self.sequences = [Sequence(self, index, derive_seed(root, index)) for index in range(params.n)]
 
