@@ -1,0 +1,217 @@
+"""nano-vLLM's benchmark: 256 random prompts, both lengths uniform in 100 … 1024, all submitted at once.
+
+    python bench.py --shape 0.6b                    # published sizes, random weights, no download
+    python bench.py --model Qwen/Qwen3-8B --two-gpus
+
+The same draws in the same order as https://github.com/GeeeekExplorer/nano-vllm (bench.py): 133,966 output tokens at
+the defaults. Prints a table; the last line is one JSON object. Warm-up is excluded from every figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from bench_report import make_report, table_rows
+
+if TYPE_CHECKING:
+    from nanovllm import LLM, SamplingParams
+
+LARGEST_TOKEN_ID = 10_000
+SHORTEST_TOKENS = 100
+
+
+class Shape(NamedTuple):
+    """What differs between the published dense Qwen3 models."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    tie_word_embeddings: bool
+
+
+SHAPES = {
+    "0.6b": Shape(1024, 28, 16, 8, 3072, True),
+    "1.7b": Shape(2048, 28, 16, 8, 6144, True),
+    "4b": Shape(2560, 36, 32, 8, 9728, True),
+    "8b": Shape(4096, 36, 32, 8, 12288, False),
+    "14b": Shape(5120, 40, 40, 8, 17408, False),
+    "32b": Shape(5120, 64, 64, 8, 25600, False),
+}
+SHARED = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 151645,
+}
+
+
+def write_shape(folder: Path, name: str) -> Path:
+    """A checkpoint folder without weights: the published config.json and the EOS ids of generation_config.json."""
+    (folder / "config.json").write_text(json.dumps(SHARED | SHAPES[name]._asdict()))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [151645, 151643]}))
+    return folder
+
+
+def make_workload(
+    num_seqs: int, max_input_len: int, max_output_len: int, vocab_size: int, seed: int = 0
+) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Prompts first, then output lengths. A smaller vocabulary folds the ids, so that no length changes."""
+    from nanovllm import SamplingParams
+
+    rng = random.Random(seed)
+    prompts = [
+        [rng.randint(0, LARGEST_TOKEN_ID) % vocab_size for _ in range(random_length(rng, max_input_len))]
+        for _ in range(num_seqs)
+    ]
+    lengths = [random_length(rng, max_output_len) for _ in range(num_seqs)]
+    return prompts, [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=length) for length in lengths]
+
+
+def random_length(rng: random.Random, longest: int) -> int:
+    return rng.randint(min(SHORTEST_TOKENS, longest), longest)
+
+
+# -- the run
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Build the engine, warm it up, time the workload; everything the JSON line holds."""
+    from nanovllm import LLM
+
+    with ExitStack() as stack:
+        folder = args.model or write_shape(Path(stack.enter_context(tempfile.TemporaryDirectory())), args.shape)
+        llm = stack.enter_context(LLM(str(folder), **engine_options(args)))
+        sizes = args.num_seqs, args.max_input_len, args.max_output_len
+        prompts, params = make_workload(*sizes, llm.model_config.vocab_size, args.seed)
+        if args.warmup:
+            warm_up(llm)
+        before, started = llm.stats(), time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - started
+        figures = make_report(llm, outputs, seconds, before, llm.stats())
+        folded = llm.model_config.vocab_size <= LARGEST_TOKEN_ID
+    model = {"model": args.model, "shape": args.shape, "folded_token_ids": folded}
+    return model | figures | {"arguments": vars(args)}
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keywords of `LLM`; what was not given keeps the library's default."""
+    options = {
+        "device": args.device,
+        "enable_two_gpu_pd": args.two_gpus,
+        "load_format": "dummy" if args.shape else "auto",
+        "enforce_eager": args.enforce_eager,
+        "attention_backend": args.attention_backend,
+        "overlap": args.overlap,
+        "seed": args.seed,
+        "prefill_device_id": args.prefill_device,
+        "decode_device_id": args.decode_device,
+        "max_model_len": args.max_model_len,
+        "max_num_seqs": args.max_num_seqs,
+        "num_kvcache_blocks": args.num_kvcache_blocks,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def warm_up(llm: LLM) -> None:
+    from nanovllm import SamplingParams
+
+    params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=min(16, llm.max_model_len // 2))
+    llm.generate([[0] * min(32, llm.max_model_len // 2)], params, use_tqdm=False)
+    time.sleep(0.1)  # a step launched ahead of the end may still run
+
+
+# -- the command line
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for a mistake, instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())}\n")
+
+
+def make_parser() -> Parser:
+    parser = Parser(description="nano-vLLM's benchmark. The last line printed is one JSON object.")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model", help="folder or hub id")
+    model.add_argument("--shape", choices=SHAPES, help="published sizes with random weights")
+    parser.add_argument("--two-gpus", action="store_true", help="prefill on one card, decode on another")
+    parser.add_argument("--num-seqs", type=positive, default=256)
+    parser.add_argument("--max-input-len", type=positive, default=1024)
+    parser.add_argument("--max-output-len", type=positive, default=1024)
+    parser.add_argument("--seed", type=int, default=0, help="of the workload and of the engine's sampling")
+    parser.add_argument("--warmup", action=argparse.BooleanOptionalAction, default=True, help="a request beforehand")
+    add_engine_arguments(parser.add_argument_group("engine", "as in nanovllm.Config; left out: its defaults"))
+    return parser
+
+
+def add_engine_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    group.add_argument("--prefill-device", type=int, metavar="ID")
+    group.add_argument("--decode-device", type=int, metavar="ID")
+    group.add_argument("--max-model-len", type=int, metavar="TOKENS")
+    group.add_argument("--max-num-seqs", type=int, metavar="N")
+    group.add_argument("--num-kvcache-blocks", type=block_counts, metavar="N[,N]", help="a card, or card 0,card 1")
+    group.add_argument("--enforce-eager", action="store_true")
+    group.add_argument("--attention-backend", choices=("auto", "flash_attn", "triton", "torch"), default="auto")
+    group.add_argument("--no-overlap", dest="overlap", action="store_false", help="one loop, nothing in flight")
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    return number
+
+
+def block_counts(text: str) -> int | tuple[int, ...]:
+    """\"500\", or \"500,400\" for card 0 and card 1."""
+    try:
+        counts = tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not N or N,N") from None
+    return counts[0] if len(counts) == 1 else counts
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        figures = run(args)
+    except (ValueError, FileNotFoundError) as error:  # the library's words for a caller's mistake
+        parser.error(str(error))
+    print_figures(figures)
+    return 0
+
+
+def print_figures(figures: dict[str, Any]) -> None:
+    rows = [("model", figures["model"] or f"shape {figures['shape']}, random weights"), *table_rows(figures)]
+    if figures["folded_token_ids"]:
+        rows.append(("note", f"token ids up to {LARGEST_TOKEN_ID} were folded into the smaller vocabulary"))
+    for name, text in rows:
+        print(f"{name:<10} {text}")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
