@@ -74,9 +74,7 @@ def get_sm_count_constraint(major: int, minor: int) -> tuple[int, int]:
     return {6: (1, 1), 7: (2, 2), 8: (4, 2)}.get(major, (8, 8))
 
 
-def split_device_green_ctx_by_sm_count(
-    device: int | str | torch.device, sm_counts: Sequence[int]
-) -> GreenPartition:
+def split_device_green_ctx_by_sm_count(device: int | str | torch.device, sm_counts: Sequence[int]) -> GreenPartition:
     """Split a device into one partition for each SM count, and one of the SMs that remain.
 
     Args:
@@ -96,9 +94,7 @@ def split_device_green_ctx_by_sm_count(
     return _partition(device, asked, _split_in_turn)
 
 
-def split_device_green_ctx(
-    device: int | str | torch.device, num_groups: int, min_count: int
-) -> GreenPartition:
+def split_device_green_ctx(device: int | str | torch.device, num_groups: int, min_count: int) -> GreenPartition:
     """Split a device into `num_groups` equal partitions of at least `min_count` SMs, and the remainder.
 
     Arguments, result (`num_groups + 1` entries) and errors as for `split_device_green_ctx_by_sm_count`.

@@ -187,9 +187,7 @@ def unindented_lines(tokenizer: PreTrainedTokenizerBase, code_N: Tensor) -> Tens
     return 1 + (line_ends[code_N[:-1]] & unindented[code_N[1:]]).nonzero().flatten()
 
 
-def prepare_corpus(
-    root: Path, folder: Path, seed: int, device: str
-) -> tuple[Corpus, PreTrainedTokenizerBase]:
+def prepare_corpus(root: Path, folder: Path, seed: int, device: str) -> tuple[Corpus, PreTrainedTokenizerBase]:
     """Read, split by file, train the tokenizer on the training files, and tokenise."""
     rng = random.Random(seed)
     texts = read_sources(root)

@@ -53,9 +53,7 @@ class FakeDriver:
     CUgreenCtxCreate_flags = SimpleNamespace(CU_GREEN_CTX_DEFAULT_STREAM=FLAG)
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=FLAG)
 
-    def __init__(
-        self, num_sms: int = 132, capability: tuple[int, int] = (9, 0), version: int = 13000
-    ) -> None:
+    def __init__(self, num_sms: int = 132, capability: tuple[int, int] = (9, 0), version: int = 13000) -> None:
         self.num_sms = num_sms
         self.capability = capability
         self.version = version
@@ -118,9 +116,7 @@ class FakeDriver:
     def cuDeviceGetDevResource(self, device: str, kind: str) -> Any:
         return Status.CUDA_SUCCESS, Resource(frozenset(range(self.num_sms)), splittable=True)
 
-    def cuDevSmResourceSplitByCount(
-        self, num_groups: int, resource: Resource, flags: int, min_count: int
-    ) -> Any:
+    def cuDevSmResourceSplitByCount(self, num_groups: int, resource: Resource, flags: int, min_count: int) -> Any:
         minimum, alignment = get_sm_count_constraint(*self.capability)
         if not resource.splittable or not 0 < min_count <= len(resource.sms):
             return Status.CUDA_ERROR_INVALID_VALUE, None, None, None
@@ -335,9 +331,7 @@ def test_a_failure_while_rolling_back_does_not_hide_the_cause(
     assert driver.primary_refs == 0
 
 
-def test_a_stream_that_cannot_be_wrapped_releases_everything(
-    install: Install, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stream_that_cannot_be_wrapped_releases_everything(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = install()
 
     def no_torch(handle: int, index: int) -> None:
@@ -387,9 +381,6 @@ def test_no_cuda_python_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_module_imports_neither_torch_nor_the_package() -> None:
-    code = (
-        "import sys, green_ctx; "
-        "assert not {'torch', 'nanovllm', 'cuda'} & set(sys.modules), sorted(sys.modules)"
-    )
+    code = "import sys, green_ctx; assert not {'torch', 'nanovllm', 'cuda'} & set(sys.modules), sorted(sys.modules)"
     root = Path(green_ctx.__file__).parent
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=60)

@@ -30,14 +30,10 @@ PROGRAMS_PER_SM = 256  # more than fit at once, so every SM that may be used get
 @triton.jit
 def record_smid(sm_ids_ptr, duration_ns):
     """Each program stays for `duration_ns`, then writes the number of the SM it ran on."""
-    start = tl.inline_asm_elementwise(
-        "mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
-    )
+    start = tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
     now = start
     while now - start < duration_ns:
-        now = tl.inline_asm_elementwise(
-            "mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
-        )
+        now = tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
     sm_id = tl.inline_asm_elementwise("mov.u32 $0, %smid;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     tl.store(sm_ids_ptr + tl.program_id(0), sm_id)
 
