@@ -49,7 +49,7 @@ test-all: test test-slow
 
 # After `test`, also under `make -j`.
 test-slow: test
-	$(RUN) -m pytest -n $(JOBS) --dist worksteal -m slow $(PYTEST_ARGS)
+	$(RUN) -m pytest -n $(JOBS) --dist worksteal -m slow --timeout 1800 $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .
