@@ -70,7 +70,7 @@ class Executor(ABC):
         return jobs
 
     def close(self) -> None:
-        """Stop the workers after what they run now. Safe to call twice."""
+        """Stop the workers once they have run what they were given. Safe to call twice."""
         return None  # nothing to stop where there are no workers
 
 
@@ -104,9 +104,9 @@ class InlineExecutor(Executor):
         try:
             job.handle = launch_on(self._runners, shard)
             job.result = job.handle.wait()
+            _measure(job, time.perf_counter() - begin)
         except Exception as error:
             job.error = error
-        _measure(job, time.perf_counter() - begin)
         self._completed.append(job)
 
 
@@ -148,13 +148,13 @@ class Worker:
         last_end = 0.0
         while (job := self._in_flight.get()) is not None:
             begin = max(last_end, time.perf_counter())
-            try:
+            try:  # whatever the device raises, also when asked for times, the engine must hear of this job
                 if job.handle is not None and job.error is None:
                     job.result = job.handle.wait()
+                    last_end = time.perf_counter()
+                    _measure(job, job.seconds + last_end - begin)
             except Exception as error:
                 job.error = error
-            last_end = time.perf_counter()
-            _measure(job, job.seconds + last_end - begin)
             if job.after is not None:
                 job.after.done.wait()  # the plan sees a step before the copies that follow it
             self._complete(job)
@@ -169,7 +169,8 @@ class ThreadedExecutor(Executor):
         self._runners = runners
         self._notify = notify
         self._steps: dict[int, deque[tuple[int, Job]]] = {card: deque() for card in runners}
-        routes = {(src, dst) for src in runners for dst in runners}
+        # Two cards copy to each other; one card copies only within itself (private tails of n > 1).
+        routes = {(src, dst) for src in runners for dst in runners if src != dst or len(runners) == 1}
         self._cards = {card: Worker(f"card{card}", self._launch_step, self._complete) for card in runners}
         self._links = {
             route: Worker("copy{}to{}".format(*route), self._launch_copy, self._complete) for route in routes
