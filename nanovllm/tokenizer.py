@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,11 @@ class Tokenizer:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._lock = threading.Lock()  # fast tokenizers refuse to be shared by threads while they encode
+        # Fast tokenizers refuse to be shared by threads while they encode. Decoding has an instance of its own: the
+        # engine decodes for stop strings, and must not wait for somebody's long prompt.
+        self._lock, self._decode_lock = threading.Lock(), threading.Lock()
         self._tokenizer = _load(folder)
+        self._decoder = copy.deepcopy(self._tokenizer)
 
     @property
     def available(self) -> bool:
@@ -35,8 +39,9 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids. Ids that the tokenizer does not know (padding of the logits) have no text."""
-        with self._lock:
-            tokenizer = self._require("text")
+        self._require("text")
+        with self._decode_lock:
+            tokenizer = self._decoder
             known = [token for token in ids if token < len(tokenizer)]
             return tokenizer.decode(known, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
