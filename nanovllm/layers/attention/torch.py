@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, PrefillMetadata
 from nanovllm.models.model_config import ModelConfig
 
+GATHERED_BYTES = 256 << 20  # keys (and as much again for values) that decode gathers at once on a GPU
 QUERY_TILE_TOKENS = 1024  # bounds the mask (and the scores, where SDPA materialises them) of a long chunk
 
 
@@ -63,20 +64,40 @@ class TorchAttention(AttentionBackend):
         return out_KGQD.permute(2, 0, 1, 3).flatten(1, 2)
 
     def decode(self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata) -> Tensor:
-        num_columns = -(-max(meta.max_context_tokens, 1) // k_pages.shape[1])
-        tables = meta.block_tables[:, :num_columns]
-        k_BKCD = k_pages[tables].flatten(1, 2).transpose(1, 2)
-        v_BKCD = v_pages[tables].flatten(1, 2).transpose(1, 2)
+        block_size = k_pages.shape[1]
+        if not q_BHD.is_cuda:
+            return self._decode_by_width(q_BHD, k_pages, v_pages, meta)
+        columns = -(-max(meta.max_context_tokens, 1) // block_size)
+        row_bytes = columns * k_pages[0].nbytes
+        rows = max(1, GATHERED_BYTES // row_bytes)  # lengths are not looked at: that would wait for the card
+        pieces = zip(*(t.split(rows) for t in (q_BHD, meta.block_tables[:, :columns], meta.context_lens)), strict=True)
+        return torch.cat([self._decode_rows(q, k_pages, v_pages, tables, lens) for q, tables, lens in pieces])
+
+    def _decode_by_width(self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata) -> Tensor:
+        """Rows of similar length together, so that a long context costs its own row, not its neighbours."""
+        blocks = [max(1, -(-length // k_pages.shape[1])) for length in meta.context_lens.tolist()]
+        by_width: dict[int, list[int]] = {}
+        for row, count in enumerate(blocks):
+            by_width.setdefault(1 << (count - 1).bit_length(), []).append(row)
+        out_BHD = torch.empty_like(q_BHD)
+        for rows in by_width.values():
+            tables = meta.block_tables[rows, : max(blocks[row] for row in rows)]
+            out_BHD[rows] = self._decode_rows(q_BHD[rows], k_pages, v_pages, tables, meta.context_lens[rows])
+        return out_BHD
+
+    def _decode_rows(
+        self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, tables_BN: Tensor, lens_B: Tensor
+    ) -> Tensor:
+        k_BKCD = k_pages[tables_BN].flatten(1, 2).transpose(1, 2)
+        v_BKCD = v_pages[tables_BN].flatten(1, 2).transpose(1, 2)
         column_C = torch.arange(k_BKCD.shape[2], device=q_BHD.device)
-        valid_BC = column_C < meta.context_lens[:, None]
         # Zeroed, not only masked: 0 · NaN is NaN in the sum over V, and so is NaN - inf in the scores.
-        stale = ~valid_BC[:, None, :, None]
+        stale = ~(column_C < lens_B[:, None])[:, None, :, None]
         k_BKCD, v_BKCD = k_BKCD.masked_fill(stale, 0), v_BKCD.masked_fill(stale, 0)
         # A padding row (context 0) sees one zeroed token: a softmax over nothing would be NaN.
-        mask_BKGC = (column_C < meta.context_lens.clamp(min=1)[:, None])[:, None, None, :]
+        mask_BKGC = (column_C < lens_B.clamp(min=1)[:, None])[:, None, None, :]
         q_BKGD = q_BHD.unflatten(1, (self.num_kv_heads, -1))
-        out_BKGD = scaled_dot_product_attention(q_BKGD, k_BKCD, v_BKCD, attn_mask=mask_BKGC)
-        return out_BKGD.flatten(1, 2)
+        return scaled_dot_product_attention(q_BKGD, k_BKCD, v_BKCD, attn_mask=mask_BKGC).flatten(1, 2)
 
 
 def gather_context(pages: Tensor, block_table: Tensor, context_len: int) -> Tensor:
