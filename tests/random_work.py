@@ -16,9 +16,9 @@ TINY = dict(
     run_ahead=3,
     max_model_len=512,
     kvcache_block_size=16,
-    max_num_seqs=5,
+    max_num_seqs=4,
     max_num_batched_tokens=48,
-    decode_backlog_high=2,
+    decode_backlog_high=1,
 )
 
 

@@ -23,6 +23,7 @@ class PendingCopy:
     target_versions: tuple[int, ...]
     done: Callable[[], None]
     lease: SequenceLease | None  # held for the copy's own sake (write-back); None: a sequence holds its own
+    num_freed_blocks: int  # of the decode card, once it has ended
 
 
 class Handoff:
@@ -45,8 +46,7 @@ class Handoff:
     @property
     def num_coming_blocks(self) -> int:
         """Blocks of the decode card that will be free without anything further being decided."""
-        copies = (copy.shard for copy in self.pending.values() if self.two_cards and copy.shard.src == self.decode)
-        leaving = sum(max(1, len(shard.block_pairs)) for shard in copies)
+        leaving = sum(copy.num_freed_blocks for copy in self.pending.values())
         return leaving + self.managers[self.decode].num_retired_blocks
 
     def drain_outbox(self) -> list[CopyShard]:
@@ -63,13 +63,14 @@ class Handoff:
         after_step: int,
         done: Callable[[], None],
         lease: SequenceLease | None = None,
+        num_freed_blocks: int = 0,
     ) -> None:
         """Launch a copy of whole blocks; `done` runs when it has completed, before it lets go of its blocks."""
         self._num_copies += 1
         shard = CopyShard(self._num_copies, src, dst, tuple(pairs), after_step)
         hold_copy(self.managers, shard)
         versions = tuple(self.managers[dst].version(target) for _, target in pairs)
-        self.pending[shard.copy] = PendingCopy(shard, versions, done, lease)
+        self.pending[shard.copy] = PendingCopy(shard, versions, done, lease, num_freed_blocks)
         self.outbox.append(shard)
 
     def copy_done(self, shard: CopyShard) -> None:
@@ -204,7 +205,8 @@ class Handoff:
                 self._register(self.prefill, sequence, sequence.num_kv_tokens // self.block_size)
                 done()
 
-        self.handoff(self.decode, self.prefill, pairs, self.managers[self.decode].launched_steps, finish)
+        after_step, leaving = self.managers[self.decode].launched_steps, len(lease.tables[self.decode])
+        self.handoff(self.decode, self.prefill, pairs, after_step, finish, num_freed_blocks=leaving)
         return True
 
     def bring_back(self, sequence: Sequence, reserve_blocks: int, done: Callable[[], None]) -> bool:
@@ -261,7 +263,8 @@ class Handoff:
                 manager.register(target, block_hash)
             lease.release()
 
-        self.handoff(self.decode, self.prefill, pairs, self.managers[self.decode].launched_steps, finish, lease)
+        after_step = self.managers[self.decode].launched_steps
+        self.handoff(self.decode, self.prefill, pairs, after_step, finish, lease, len(pairs))
         return num_fresh
 
     # -- small helpers

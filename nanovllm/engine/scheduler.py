@@ -67,9 +67,8 @@ class Scheduler:
         self.returning: set[Sequence] = set()
         self.num_on_decode_card = 0  # sequences that hold, or are taking, blocks there to decode
         self.free_slots = list(range(config.max_num_seqs))[::-1]
-        self.launched: dict[tuple[int, int], list[Sequence] | list[tuple[PrefillGroup, int]]] = {}
-        self.prefills_in_flight = 0
-        self.decodes_in_flight = 0
+        self.launched_prefills: dict[int, list[tuple[PrefillGroup, int]]] = {}  # by step: groups, and how far each got
+        self.launched_decodes: dict[int, list[Sequence]] = {}  # by step: its rows
         self.paused = False
         self.counts: Counter[str] = Counter()
 
@@ -98,22 +97,24 @@ class Scheduler:
 
     def ready_for_prefill(self) -> PrefillShard | None:
         """The next chunks for the prefill card: prompts already begun first, then new ones in arrival order."""
-        if self.prefills_in_flight >= PREFILL_STEPS_IN_FLIGHT:
+        if len(self.launched_prefills) >= PREFILL_STEPS_IN_FLIGHT:
             return None
-        budget_tokens = self.config.max_num_batched_tokens
+        budget_tokens, budget_rows = self.config.max_num_batched_tokens, self.config.max_num_seqs
         chosen: list[tuple[PrefillGroup, int]] = []
         for group in self._prefill_candidates():
+            if chosen and len(group.sequences) > budget_rows:  # each samples: bounds the logits of a step
+                break
             count = min(budget_tokens, group.num_tokens - group.num_launched_tokens)
             chosen.append((group, count))
             budget_tokens -= count
+            budget_rows -= len(group.sequences)
             if budget_tokens == 0:
                 break
         return self._launch_prefill(chosen) if chosen else None
 
     def _prefill_candidates(self) -> Iterator[PrefillGroup]:
         yield from [group for group in self.prefilling if group.num_launched_tokens < group.num_tokens]
-        self._update_pause()
-        while not self.paused and not self.evacuated and (group := self._next_waiting()) is not None:
+        while self._may_admit() and (group := self._next_waiting()) is not None:
             if any(sequence.num_in_flight for sequence in group.sequences):
                 return  # preempted with steps in flight: its last tokens are not known yet
             if not self.handoff.admit(group, self._reserve_blocks()):
@@ -121,6 +122,10 @@ class Scheduler:
             heapq.heappop(self.waiting)
             self._admitted(group)
             yield group
+
+    def _may_admit(self) -> bool:
+        self._update_pause()
+        return not self.paused and not self.evacuated
 
     def _next_waiting(self) -> PrefillGroup | None:
         while self.waiting and not self.waiting[0][1].members:
@@ -141,17 +146,16 @@ class Scheduler:
         if request.timeline.admitted is None:
             request.timeline.mark("admitted")
             request.num_cached_tokens = group.num_launched_tokens
+            self.counts["cached_tokens"] += group.num_launched_tokens
         for sequence in group.sequences:
             sequence.move_to(State.PREFILLING)
         self.num_on_decode_card += len(group.sequences)
-        self.counts["cached_tokens"] += group.num_launched_tokens
         self.prefilling.append(group)
 
     def _launch_prefill(self, chosen: list[tuple[PrefillGroup, int]]) -> PrefillShard:
         step = self.managers[self.prefill_card].launch_step()
         chunks = tuple(self._chunk(group, count) for group, count in chosen)
-        self.launched[self.prefill_card, step] = [(group, group.num_launched_tokens) for group, _ in chosen]
-        self.prefills_in_flight += 1
+        self.launched_prefills[step] = [(group, group.num_launched_tokens) for group, _ in chosen]
         for group, _ in chosen:
             self.handoff.mirror(group, step, partial(self._settle, group))
         return PrefillShard(self.prefill_card, step, chunks)
@@ -170,7 +174,7 @@ class Scheduler:
 
     def ready_for_decode(self) -> DecodeShard | None:
         """The next decode step: every running sequence that has a block to write and an output left to plan."""
-        if self.decodes_in_flight > self.config.steps_ahead:
+        if len(self.launched_decodes) > self.config.steps_ahead:
             return None
         self._fill_slots()
         stalled = [sequence for sequence in self.running if not self._grow(sequence)]
@@ -207,8 +211,7 @@ class Scheduler:
 
     def _launch_decode(self, rows: list[Sequence]) -> DecodeShard:
         step = self.managers[self.decode_card].launch_step()
-        self.decodes_in_flight += 1
-        self.launched[self.decode_card, step] = rows
+        self.launched_decodes[step] = rows
         entries: list[SlotEntry] = []
         new_blocks: list[NewBlock] = []
         for sequence in rows:
@@ -284,7 +287,10 @@ class Scheduler:
         self.ready.append(sequence)
 
     def _reserve_blocks(self) -> int:
-        """The watermark on the decode card: a block for each sequence that lives there, plus the run-ahead."""
+        """The watermark on the decode card: a block for each sequence that lives there, plus the run-ahead.
+
+        Progress rests on it: without, a sequence that returns takes the block that its eviction has just freed.
+        """
         living = self.num_on_decode_card
         return living + self.config.steps_ahead if living else 0
 
@@ -299,9 +305,10 @@ class Scheduler:
 
     @property
     def backlog(self) -> int:
-        """Sequences that are prefilled but do not decode."""
+        """Sequences that have left the decode card, and those that will find no free slot there."""
         moving = len(self.evacuating) + len(self.evacuated) + len(self.returning)
-        return len(self.ready) + sum(len(group.members) for group in self.copying) + moving
+        entering = self.num_on_decode_card - len(self.running) - len(self.returning)
+        return moving + max(0, entering - len(self.free_slots))
 
     # -- what came back
 
@@ -312,13 +319,11 @@ class Scheduler:
             return []
         assert result is not None
         self.managers[shard.card].complete_step(shard.step)
-        launched = self.launched.pop((shard.card, shard.step))
         if isinstance(shard, DecodeShard):
-            self.decodes_in_flight -= 1
-            rows = [entry for entry in launched if isinstance(entry, Sequence)]
+            rows = self.launched_decodes.pop(shard.step)
         else:
-            self.prefills_in_flight -= 1
-            rows = [row for entry in launched if isinstance(entry, tuple) for row in self._prefilled(*entry)]
+            launched = self.launched_prefills.pop(shard.step)
+            rows = [row for group, end in launched for row in self._prefilled(group, end)]
         return self._collect(rows, result)
 
     def _collect(self, rows: list[Sequence], result: StepResult) -> list[SampledToken]:
@@ -404,7 +409,8 @@ class Scheduler:
     def idle(self) -> bool:
         """No sequence anywhere, no launched step, no copy in flight."""
         queued = any(group.members for _, group in self.waiting)
-        return not (queued or self.living() or self.launched or self.handoff.pending)
+        in_flight = self.launched_prefills or self.launched_decodes or self.handoff.pending
+        return not (queued or self.living() or in_flight)
 
     def living(self) -> list[Sequence]:
         """Every unfinished sequence that holds blocks."""

@@ -87,7 +87,7 @@ class EngineMachine(RuleBasedStateMachine):
     def run_ahead_is_bounded(self) -> None:
         if hasattr(self, "world"):
             config = self.world.config
-            assert self.world.scheduler.decodes_in_flight <= 1 + config.steps_ahead
+            assert len(self.world.scheduler.launched_decodes) <= 1 + config.steps_ahead
             assert len(self.world.scheduler.running) <= config.max_num_seqs
 
     def teardown(self) -> None:

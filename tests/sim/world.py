@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from nanovllm.admission import Limits, check_request
 from nanovllm.config import Config
 from nanovllm.engine.llm_engine import LLMEngine, OutputQueue
 from nanovllm.engine.scheduler import Scheduler
@@ -38,10 +39,12 @@ class World:
         self.check_books = True
 
     def fits(self, prompt: list[int], params: SamplingParams) -> bool:
-        """Admission's rule, as `check_request` has it."""
-        size = self.scheduler.block_size
-        total = len(prompt) + (params.max_tokens or 1)
-        return total <= min(self.num_blocks) * size and len(prompt) // size + params.n <= self.num_blocks[-1]
+        """Whether admission would let it in."""
+        try:
+            check_request(prompt, params, Limits(VOCABULARY, 1 << 20, self.scheduler.block_size, self.num_blocks))
+        except ValueError:
+            return False
+        return True
 
     def add(self, prompt: list[int], params: SamplingParams) -> Request | None:
         if not self.fits(prompt, params):
