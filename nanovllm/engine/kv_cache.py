@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nanovllm.layers.host import to_device
 from nanovllm.models.model_config import ModelConfig
 
 # A copy engine needs large pieces to fill the link (NVLink: 282 of 396 GB/s at 16 MiB, 77 at 1 MiB): where
@@ -146,10 +147,10 @@ class KVCache:
     ) -> None:
         """Each staging tensor is made, used and freed on its card's current stream, as allocators need."""
         sources, targets = zip(*block_pairs, strict=True)
-        gathered = self.pages.index_select(0, _indices(sources, self.device))
+        gathered = self.pages.index_select(0, to_device(sources, torch.int64, self.device))
         arrived = gathered.to(other.device, non_blocking=True)
         with torch.cuda.stream(arrivals):
-            other.pages.index_copy_(0, _indices(targets, other.device), arrived)
+            other.pages.index_copy_(0, to_device(targets, torch.int64, other.device), arrived)
 
     def _check_pairs(self, other: KVCache, block_pairs: Sequence[tuple[int, int]]) -> None:
         assert other.pages.shape[1:] == self.pages.shape[1:] and other.pages.dtype == self.pages.dtype
@@ -171,9 +172,3 @@ def merge_runs(block_pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int, i
         else:
             runs.append((src, dst, 1))
     return runs
-
-
-def _indices(ids: Sequence[int], device: torch.device) -> Tensor:
-    """int64 ids on `device`, without a wait: a copy from pageable memory blocks until the stream is idle."""
-    host = torch.tensor(ids, dtype=torch.int64)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

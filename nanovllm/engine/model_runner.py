@@ -20,6 +20,7 @@ from nanovllm.engine.shards import (
 )
 from nanovllm.engine.slot_state import SlotState, fill_counts
 from nanovllm.layers.attention import PrefillMetadata
+from nanovllm.layers.host import to_device
 from nanovllm.layers.sampler import SamplingBatch, gather_logprobs, sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
@@ -185,10 +186,10 @@ class ModelRunner:
             yield _timed_event()
 
     def _int32(self, values: list[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=self.device)
+        return to_device(values, torch.int32, self.device)
 
     def _int64(self, values: list[int] | tuple[int, ...]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        return to_device(values, torch.int64, self.device)
 
 
 def _timed_event() -> torch.cuda.Event:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nanovllm.engine.shards import DecodeShard, SamplingRow, SlotEntry
 from nanovllm.layers.attention import DecodeMetadata
+from nanovllm.layers.host import to_device
 from nanovllm.layers.sampler import SamplingBatch, sampling_features, sampling_filters
 from nanovllm.sampling_params import SamplingParams
 
@@ -60,7 +61,7 @@ class SlotState:
         self.seed_S[slot] = row.seed
         self.top_k_S[slot] = sampling_filters(p)[0]
         self.min_tokens_S[slot] = p.min_tokens
-        self.floats_S6[slot] = torch.tensor(sampling_floats(p), device=self.device)
+        self.floats_S6[slot] = to_device(sampling_floats(p), torch.float32, self.device)
         self.block_tables_SN[slot] = self.null_block
         self.block_tables_SN[slot, : len(entry.block_table)] = self._ids(entry.block_table).int()
         self._enter_tables(slot, row)
@@ -126,16 +127,16 @@ class SlotState:
         return torch.zeros(len(self.params), self.vocab_size, dtype=dtype, device=self.device)
 
     def _ids(self, ids: Sequence[int]) -> Tensor:
-        return torch.tensor(ids, dtype=torch.int64, device=self.device)
+        return to_device(ids, torch.int64, self.device)
 
 
 def fill_counts(counts_V: Tensor, prompt_V: Tensor, row: SamplingRow) -> None:
     """Write a row's counts of generated ids and its mask of prompt ids."""
     counts_V.zero_()
     prompt_V.zero_()
-    outputs = torch.tensor(row.output_ids, dtype=torch.int64, device=counts_V.device)
+    outputs = to_device(row.output_ids, torch.int64, counts_V.device)
     counts_V.index_add_(0, outputs, torch.ones_like(outputs, dtype=counts_V.dtype))
-    prompt_V[torch.tensor(row.prompt_ids, dtype=torch.int64, device=prompt_V.device)] = True
+    prompt_V[to_device(row.prompt_ids, torch.int64, prompt_V.device)] = True
 
 
 def sampling_floats(p: SamplingParams) -> tuple[float, ...]:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanovllm.layers.host import to_device
 from nanovllm.sampling_params import SamplingParams
 
 # Rows treated at once where scratch is a multiple of the logits: bounds it (128 rows of Qwen3's 151,936
@@ -95,10 +96,10 @@ class SamplingBatch:
         filters = [sampling_filters(p) for p in params]
 
         def floats(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)
+            return to_device(values, torch.float32, device)
 
         def integers(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
+            return to_device(values, torch.int64, device)
 
         return cls(
             temperature=floats([p.temperature for p in params]),
@@ -133,7 +134,7 @@ def sampling_features(params: Sequence[SamplingParams], device: torch.device | s
         "any_min_p": any(min_p for _, _, min_p in filters),
         "any_penalty": any(p.has_penalty for p in params),
         "max_top_k": max((top_k for top_k, _, _ in filters), default=0),
-        "full_sort_rows": torch.tensor(full_sort, dtype=torch.int64, device=device) if full_sort else None,
+        "full_sort_rows": to_device(full_sort, torch.int64, device) if full_sort else None,
     }
 
 
