@@ -27,7 +27,6 @@ class CompletionOutput:
         num_settled = sequence.num_settled_outputs  # read before the reason: it may not count a token that ends it
         self.finish_reason = sequence.finish_reason  # read before the rest: that is complete if it is set
         self.stop_reason = sequence.stop_reason if self.finish_reason else None
-        self.error = sequence.error
         self._sequence = sequence
         self._tokenizer = tokenizer
         self._num_tokens = sequence.num_output_tokens if self.finish_reason else num_settled
@@ -117,7 +116,7 @@ class RequestOutput:
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
         self.request_id = request.request_id
         self.prompt = request.prompt
-        self.prompt_token_ids = request.prompt_token_ids
+        self.prompt_token_ids = list(request.prompt_token_ids)  # the caller's to keep, and to extend
         self.outputs = [CompletionOutput(sequence, tokenizer) for sequence in request.sequences]
         self.finished = all(output.finish_reason is not None for output in self.outputs)
         self.num_cached_tokens = request.num_cached_tokens

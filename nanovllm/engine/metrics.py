@@ -56,7 +56,7 @@ class EngineMetrics:
             card.prefill_seconds += job.seconds
         else:
             card.decode_steps += 1
-            card.decode_tokens += len(shard.slots)
+            card.decode_tokens += num_sampled
             card.decode_seconds += job.seconds
 
     def _record_copy(self, job: Job, shard: CopyShard) -> None:

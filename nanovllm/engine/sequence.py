@@ -48,6 +48,7 @@ class Sequence:
         self.request = request
         self.index = index
         self.seed = seed
+        self.num_prompt_tokens = len(request.prompt_token_ids)
         self.tokens: list[int] = list(request.prompt_token_ids)
         self.state = State.WAITING
         self.lease: SequenceLease | None = None
@@ -61,12 +62,7 @@ class Sequence:
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        self.error: str | None = None
         self.watcher: StopWatcher | None = None  # set where stop strings must be watched for
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.request.prompt_token_ids)
 
     @property
     def num_output_tokens(self) -> int:
