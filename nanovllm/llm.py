@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import secrets
+import sys
 import threading
 import time
 import weakref
@@ -28,6 +30,10 @@ from nanovllm.outputs import RequestOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.tokenizer import Message, Tokenizer
 
+logger = logging.getLogger("nanovllm")
+
+SWITCH_INTERVAL_S = 0.0005
+
 
 class LLM:
     """A Qwen3 model on one card, or prefill on one card and decode on another (`enable_two_gpu_pd=True`).
@@ -42,6 +48,8 @@ class LLM:
         folder = resolve_model(config.model, config.revision)
         self.model_config = load_model_config(folder)
         self.max_model_len = min(config.max_model_len, self.model_config.max_context_tokens)
+        if self.max_model_len < config.max_model_len:
+            logger.info("max_model_len=%d is cut to the model's %d", config.max_model_len, self.max_model_len)
         self.tokenizer = Tokenizer(folder)
         runners = build_runners(config, folder, self.model_config, self.max_model_len, devices)
         self.prefill_runner: ModelRunner = runners[0]
@@ -135,7 +143,8 @@ class LLM:
         return self._engine.has_unfinished(self._steps)
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start and the state of the queues, see the README."""
+        """Queue lengths and blocks by card now; since the start: tokens, steps, device seconds and busy share by card,
+        copies (blocks, bytes, seconds), evacuations, recomputes, write-backs, pauses, cached tokens."""
         return self._engine.stats()
 
     def close(self) -> None:
@@ -290,6 +299,9 @@ def _start_engine(config: Config, runners: list[ModelRunner]) -> LLMEngine:
     scheduler = Scheduler(config, tuple(runner.kv_cache.num_blocks for runner in runners))
     if not config.overlap:
         return LLMEngine(config, scheduler, lambda notify: InlineExecutor(cards))
+    # A thread in pure Python holds the interpreter this long before the engine's threads get a turn. For the whole
+    # process, as Python has it; never made longer than it was.
+    sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
     engine = LLMEngine(config, scheduler, lambda notify: ThreadedExecutor(cards, notify))
     engine.start()
     return engine

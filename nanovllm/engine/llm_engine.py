@@ -117,6 +117,8 @@ class LLMEngine:
         with self._lock, _interrupts_held():
             if self._error is None:
                 try:
+                    if self._closing:
+                        raise EngineDeadError("closed")
                     if not self.step():
                         self._check_progress()
                 except BaseException as error:  # whatever it was, the plan is half made

@@ -24,6 +24,7 @@ from tests.cpu.tiny import (
     Scripts,
     make_llm,
     make_tokenizer,
+    paused,
     scripted,
     settle,
     wait_until,
@@ -278,23 +279,25 @@ def test_stream_of_n_answers(llm: LLM, scripts: Scripts) -> None:
     assert texts == ["first one~", "zweiter é"] and reasons[0, "length"] == reasons[1, "length"] == 1
 
 
-@pytest.mark.parametrize("after", [0, 1, 5])
+@pytest.mark.parametrize("after", [0, 1, 5])  # tokens
 def test_closing_a_stream_aborts_its_request(llm: LLM, after: int) -> None:
-    before = llm.stats()["sampled_tokens"]
-    stream = llm.stream([9, 9], SamplingParams(max_tokens=250, ignore_eos=True))
-    for _ in range(after):
-        next(stream)
-    stream.close()
-    assert list(stream) == []
+    before, seen = llm.stats()["sampled_tokens"], 0
+    with paused(llm, after_steps=20):
+        stream = llm.stream([9, 9], SamplingParams(max_tokens=250, ignore_eos=True))
+        while seen < after:
+            seen += len(next(stream).token_ids)
+        stream.close()
+        assert list(stream) == []
     settle(llm)
     assert not llm._engine.has_unfinished() and llm.stats()["sampled_tokens"] - before < 250
 
 
 def test_a_dropped_stream_aborts_its_request(llm: LLM) -> None:
     before = llm.stats()["sampled_tokens"]
-    for _ in llm.stream([9, 9], SamplingParams(max_tokens=250, ignore_eos=True)):
-        break
-    llm.stream([9, 9], SamplingParams(max_tokens=250, ignore_eos=True))
+    with paused(llm, after_steps=20):
+        for _ in llm.stream([9, 9], SamplingParams(max_tokens=250, ignore_eos=True)):
+            break
+        llm.stream([9, 9], SamplingParams(max_tokens=250, ignore_eos=True))
     settle(llm)
     assert not llm._engine.has_unfinished() and llm.stats()["sampled_tokens"] - before < 500
 
@@ -354,8 +357,9 @@ def test_step_returns_what_advanced_until_all_have_ended(llm: LLM, plain: LLM) -
 
 
 def test_a_view_does_not_change_when_the_request_goes_on(llm: LLM, scripts: Scripts) -> None:
-    llm.add_request([1], SamplingParams(seed=scripts.write(b"abcdefgh"), max_tokens=8, stop="xyz", logprobs=0))
-    (early,) = llm.step()
+    with paused(llm, after_steps=3):
+        llm.add_request([1], SamplingParams(seed=scripts.write(b"abcdefgh"), max_tokens=8, stop="xyz", logprobs=0))
+        (early,) = llm.step()
     count = len(early["token_ids"])
     drain(llm)
     assert early["token_ids"] == list(b"abcdefgh")[:count] and early["text"] == "abcdefgh"[:count]
@@ -389,20 +393,22 @@ def test_an_end_is_told_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     assert told == Counter(ids)
 
 
-@pytest.mark.parametrize("after", [0, 3])
+@pytest.mark.parametrize("after", [0, 3])  # tokens
 def test_abort(llm: LLM, plain: LLM, after: int) -> None:
     params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
-    request_id, other = llm.add_request([5, 6], params), llm.add_request([7, 8], GREEDY)
-    for _ in range(after):
-        llm.step()
-    llm.abort(request_id)
-    llm.abort(request_id)
-    last = drain(llm)
-    ended = last[request_id][-1]
+    last: dict[str, RequestOutput] = {}
+    with paused(llm, after_steps=20):
+        request_id, other = llm.add_request([5, 6], params), llm.add_request([7, 8], GREEDY)
+        while after and (request_id not in last or len(last[request_id]["token_ids"]) < after):
+            last |= {output.request_id: output for output in llm.step()}
+        llm.abort(request_id)
+        llm.abort(request_id)
+    last |= {number: outputs[-1] for number, outputs in drain(llm).items()}
+    ended = last[request_id]
     assert ended.finished and ended.outputs[0].finish_reason == "abort" and ended.outputs[0].stop_reason is None
     assert len(ended["token_ids"]) < 200
     assert ended["token_ids"] == ids_of(plain, [5, 6], params)[0][: len(ended["token_ids"])]
-    assert last[other][-1].outputs[0].finish_reason == "length"
+    assert last[other].outputs[0].finish_reason == "length"
 
 
 def test_abort_of_unknown_and_finished_requests_does_nothing(llm: LLM) -> None:
@@ -647,7 +653,7 @@ def test_metrics_are_filled_and_sensible(llm: LLM) -> None:
         metrics = output.metrics
         assert 0 <= metrics.queue < metrics.ttft < metrics.end_to_end < 60
         assert len(metrics.inter_token) == 11 and all(gap >= 0 for gap in metrics.inter_token)
-        assert metrics.ttft + sum(metrics.inter_token) == pytest.approx(metrics.end_to_end, abs=0.05)
+        assert 0 <= metrics.end_to_end - metrics.ttft - sum(metrics.inter_token) < 1
         assert 0 <= metrics.copy < metrics.end_to_end
 
 

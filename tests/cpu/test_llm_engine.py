@@ -17,7 +17,7 @@ import nanovllm.llm as llm_module
 from nanovllm import LLM, EngineDeadError, SamplingParams
 from nanovllm.engine.request_states import TRANSITIONS, State
 from nanovllm.engine.sequence import Request, Sequence
-from tests.cpu.tiny import make_llm, scripted, settle, wait_until, write_config, write_model
+from tests.cpu.tiny import make_llm, paused, scripted, settle, wait_until, write_config, write_model
 from tests.sim.world import random_params, random_prompt, random_world, run_random
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +35,14 @@ def llm(folder: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
     """Two cards, and an engine of its own for each test: these tests break things."""
     with make_llm(folder, enable_two_gpu_pd=True, overlap=request.param) as llm:
         yield llm
+
+
+@pytest.fixture(autouse=True)
+def default_interrupts() -> Iterator[None]:
+    """A process started in the background ignores Ctrl-C."""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
 
 
 def ids_of(llm: LLM, prompts: Any, params: Any = SHORT) -> list[list[int]]:
@@ -134,35 +142,60 @@ def test_two_engines_in_one_process(folder: Path) -> None:
 # -- failures
 
 
-@pytest.mark.parametrize("entry", ["run_prefill", "run_decode_core", "run_copy"])
-def test_a_failing_runner_reaches_every_caller(llm: LLM, entry: str, caplog: pytest.LogCaptureFixture) -> None:
+def fail_when_told(llm: LLM, entry: str) -> threading.Event:
+    """Once the event is set, `entry` raises."""
     runner = llm.decode_runner if entry == "run_decode_core" else llm.prefill_runner
-    failing, allowed = getattr(runner, entry), threading.Event()
+    run, told = getattr(runner, entry), threading.Event()
 
-    def fail(*arguments: Any) -> Any:
-        if allowed.is_set():
+    def run_or_fail(*arguments: Any) -> Any:
+        if told.is_set():
             raise RuntimeError("the card caught fire")
-        return failing(*arguments)
+        return run(*arguments)
 
-    setattr(runner, entry, fail)
-    slow_down(llm, 0.005)
-    stream = llm.stream([4, 5], LONG)
-    next(stream)
-    waiting = [Caller(lambda: ids_of(llm, [[1], [2]], LONG)), Caller(lambda: list(stream))]
-    time.sleep(0.05)
-    allowed.set()
-    waiting.append(Caller(lambda: ids_of(llm, [[3] * 40], LONG)))  # something to prefill and to copy
-    for caller in waiting:
-        error = caller.outcome()
-        assert isinstance(error, EngineDeadError) and "the card caught fire" in str(error)
-        causes = [error.__cause__, getattr(error.__cause__, "__cause__", None)]
-        assert any(isinstance(cause, RuntimeError) and "fire" in str(cause) for cause in causes)
+    setattr(runner, entry, run_or_fail)
+    return told
+
+
+def check_dead(llm: LLM, error: Any) -> None:
+    assert isinstance(error, EngineDeadError) and "the card caught fire" in str(error)
+    causes = [error.__cause__, getattr(error.__cause__, "__cause__", None)]
+    assert any(isinstance(cause, RuntimeError) and "fire" in str(cause) for cause in causes)
     for call in (lambda: llm.generate([1]), lambda: llm.add_request([1]), lambda: llm.stream([1])):
         with pytest.raises(EngineDeadError, match="caught fire"):
             call()
     assert llm.step() == [] and not llm.has_unfinished()
     llm.abort("0")
     assert llm.stats()["uptime"] > 0
+
+
+@pytest.mark.parametrize("entry", ["run_prefill", "run_decode_core", "run_copy"])
+def test_a_failing_runner_reaches_every_caller(folder: Path, entry: str) -> None:
+    with make_llm(folder, enable_two_gpu_pd=True) as llm:
+        told = fail_when_told(llm, entry)
+        with paused(llm, after_steps=10):
+            stream = llm.stream([4, 5], LONG)
+            next(stream)
+            callers = [Caller(lambda: ids_of(llm, [[1], [2]], LONG)), Caller(lambda: list(stream))]
+            wait_until(lambda: len(llm._engine._live) == 3)
+            told.set()
+            callers.append(Caller(lambda: ids_of(llm, [[3] * 40], LONG)))  # something to prefill and to copy
+            if entry != "run_prefill":
+                wait_until(lambda: len(llm._engine._live) in (0, 4))
+        for caller in callers:
+            check_dead(llm, caller.outcome())
+
+
+@pytest.mark.parametrize("entry", ["run_prefill", "run_decode_core", "run_copy"])
+def test_a_failing_runner_without_threads(folder: Path, entry: str) -> None:
+    with make_llm(folder, enable_two_gpu_pd=True, overlap=False) as llm:
+        told = fail_when_told(llm, entry)
+        stream = llm.stream([4, 5], LONG)
+        next(stream)
+        told.set()
+        for call in (lambda: ids_of(llm, [[3] * 40], LONG), lambda: list(stream)):
+            with pytest.raises(EngineDeadError) as caught:
+                call()
+            check_dead(llm, caught.value)
 
 
 def test_a_waiting_handle_that_fails_reaches_the_caller(llm: LLM) -> None:
@@ -205,14 +238,11 @@ def test_a_plan_that_cannot_move_is_an_error_not_a_hang(llm: LLM) -> None:
 
 
 def test_close_wakes_whoever_waits(llm: LLM) -> None:
-    llm.add_request([9], LONG)
     slow_down(llm, 0.01)
-    waiting = [Caller(lambda: ids_of(llm, [[1], [2]], LONG)), Caller(lambda: list(llm.stream([3], LONG)))]
-    wait_until(lambda: llm.stats()["decoding"] == 4)
-    closing = Caller(llm.close)
-    for caller in waiting:
-        error = caller.outcome()
-        assert isinstance(error, EngineDeadError) and "closed" in str(error)
+    waiting = Caller(lambda: ids_of(llm, [[1], [2]], LONG))
+    wait_until(lambda: llm.stats()["decoding"] == 2)
+    closing, error = Caller(llm.close), waiting.outcome()
+    assert isinstance(error, EngineDeadError) and "closed" in str(error)
     closing.outcome()
 
 
@@ -299,25 +329,25 @@ def test_interrupt_in_the_progress_bar(llm: LLM, monkeypatch: pytest.MonkeyPatch
         raise KeyboardInterrupt
 
     interrupted = type("Bar", (llm_module.tqdm,), {where: interrupt, "__del__": lambda self: None})
-    params = [SHORT, LONG, LONG]
-    with monkeypatch.context() as patch:
+    before = llm.stats()["sampled_tokens"]
+    with monkeypatch.context() as patch, paused(llm, after_steps=20):
         patch.setattr(llm_module, "tqdm", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            llm.generate([[1], [2], [3]], params, use_tqdm=False)
+            llm.generate([[1], [2], [3]], [SHORT, LONG, LONG], use_tqdm=False)
     settle(llm)
-    assert not llm._engine.has_unfinished() and llm.stats()["sampled_tokens"] < 400
+    assert not llm._engine.has_unfinished() and llm.stats()["sampled_tokens"] - before < 400
     assert len(ids_of(llm, [[4]])[0]) == 5
 
 
+def interrupt_main_thread() -> None:
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+
 def test_ctrl_c_while_waiting(llm: LLM) -> None:
-    """The signal may come at any moment; the request is aborted and the engine serves the next one."""
-    slow_down(llm, 0.002)
-    for delay_s in (0.02, 0.031, 0.047, 0.06):
-        timer = threading.Timer(delay_s, lambda: signal.raise_signal(signal.SIGINT))
-        timer.start()
-        with pytest.raises(KeyboardInterrupt):
+    """Whatever the engine does at that moment: the requests are aborted and the next one is served."""
+    for step in (1, 2, 17, 100):
+        with paused(llm, step, interrupt_main_thread), pytest.raises(KeyboardInterrupt):
             ids_of(llm, [[1], [2]], LONG)
-        timer.join()
         settle(llm)
         assert not llm._engine.has_unfinished()
         assert len(ids_of(llm, [[4]])[0]) == 5
@@ -377,8 +407,9 @@ def test_an_exit_in_the_middle_of_an_inline_step_ends_the_engine(folder: Path) -
 # -- whole processes
 
 PROLOGUE = """
-import sys, threading, time
+import signal, sys, threading, time
 from nanovllm import LLM, SamplingParams
+signal.signal(signal.SIGINT, signal.default_int_handler)
 options = dict(device="cpu", load_format="dummy", max_model_len=4000, num_kvcache_blocks=100, enable_two_gpu_pd=True)
 llm = LLM(sys.argv[1], **options)
 params = SamplingParams(max_tokens=3000, ignore_eos=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -154,6 +156,30 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.002)
+
+
+@contextmanager
+def paused(llm: LLM, after_steps: int, then: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """The decode card takes this many steps, calls `then`, and goes on when the block is left.
+
+    So nothing depends on how fast this machine is. Without overlap nothing runs unless somebody waits: no pause.
+    """
+    run, resume, steps = llm.decode_runner.run_decode_core, threading.Event(), itertools.count(1)
+
+    def run_or_wait(shard: Any) -> Any:
+        step = next(steps)
+        if step == after_steps:
+            then()
+        if step >= after_steps and llm.config.overlap:
+            resume.wait(60)
+        return run(shard)
+
+    llm.decode_runner.run_decode_core = run_or_wait  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        resume.set()
+        llm.decode_runner.run_decode_core = run  # type: ignore[method-assign]
 
 
 def settle(llm: LLM) -> None:
