@@ -157,6 +157,7 @@ class Worker:
                 job.error = error
             if job.after is not None:
                 job.after.done.wait()  # the plan sees a step before the copies that follow it
+                job.error = job.error or job.after.error  # what a failed step wrote is nothing to copy
             self._complete(job)
             job.done.set()
 
