@@ -1,0 +1,70 @@
+"""SwiGLU's element-wise half, silu(gate) · up, in one pass (Triton). Shazeer, 2020, arXiv:2002.05202.
+
+Letters in names: T rows (tokens), I the MLP's intermediate size.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import silu
+
+
+@triton.jit
+def _silu_mul_kernel(
+    gate_up_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    INTERMEDIATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS_PER_ROW: tl.constexpr,
+) -> None:
+    """One program a block of one row."""
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    program = tl.program_id(0)
+    row = (program // BLOCKS_PER_ROW).to(tl.int64)
+    column = (program % BLOCKS_PER_ROW) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < INTERMEDIATE
+    gate_ptr = gate_up_ptr + row * (2 * INTERMEDIATE) + column
+    gate = tl.load(gate_ptr, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptr + INTERMEDIATE, mask=inside, other=0.0).to(tl.float32)
+    activated = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    tl.store(out_ptr + row * INTERMEDIATE + column, (activated * up).to(dtype), mask=inside)
+
+
+def silu_mul(gate_up: Tensor, *, out: Tensor | None = None, num_sms: int | None = None) -> Tensor:
+    """silu(gate) · up, [T, I], of gate_up [T, 2·I] whose rows hold gate, then up.
+
+    silu is computed in float32 and rounded to the tensors' dtype, then the product is rounded again: the two
+    roundings of `silu_mul_reference`. gate_up: contiguous; bfloat16, float16 or float32. out: [T, I], same
+    dtype. num_sms: no effect; the card spreads the small programs over whatever partition the stream has.
+    """
+    T, width = gate_up.shape
+    intermediate = width // 2
+    assert gate_up.is_contiguous() and width == 2 * intermediate
+    out = gate_up.new_empty(T, intermediate) if out is None else out
+    assert out.shape == (T, intermediate) and out.is_contiguous()
+    block, num_warps = _block_and_warps(intermediate)
+    blocks_per_row = triton.cdiv(intermediate, block)
+    with torch.cuda.device_of(gate_up):
+        _silu_mul_kernel[(T * blocks_per_row,)](
+            gate_up,
+            out,
+            INTERMEDIATE=intermediate,
+            BLOCK=block,
+            BLOCKS_PER_ROW=blocks_per_row,
+            num_warps=num_warps,
+        )
+    return out
+
+
+def _block_and_warps(intermediate: int) -> tuple[int, int]:
+    """1024 elements, 8 a thread: every Qwen3 width is a multiple of 512, and one row fills several SMs."""
+    return min(1024, triton.next_power_of_2(intermediate)), 4
+
+
+def silu_mul_reference(gate_up: Tensor) -> Tensor:
+    """`silu_mul` in plain torch, on any device: torch rounds silu(gate) to its dtype before the product."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return silu(gate) * up
