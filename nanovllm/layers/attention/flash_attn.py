@@ -1,0 +1,117 @@
+"""Attention through FlashAttention, where it is installed: Shah et al. 2024 (FA3), Dao 2023 (FA2).
+
+FA3 (module `flash_attn_interface`, Hopper only) reads our pages as they are. FA2 (module `flash_attn`) serves
+only prefill of whole contexts, unpaged: its paged kernels want pages of 256 tokens and are wrong when split. All
+else goes to the fallback backend. The FA2 path was tested against a stand-in only: **untried** on a GPU.
+Both compute in float16 and bfloat16 only, and refuse other dtypes themselves.
+Letters in names: T query tokens of a prefill batch, B decode rows, H query heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from types import ModuleType
+
+from torch import Tensor
+
+from nanovllm.kernels.paged_decode import count_sms
+from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, PrefillMetadata
+
+logger = logging.getLogger(__name__)
+
+
+class FlashAttention(AttentionBackend):
+    """Stateless, so cards may share it. `fa3` or else `fa2` does what it can, `fallback` the rest.
+
+    fa3, fa2: the modules, as `find_module` gives them; at least one. num_sms: SMs that FA3 may fill, where its
+    stream has only a partition of the card; None: all of them.
+    """
+
+    name = "flash_attn"
+
+    def __init__(
+        self,
+        fallback: AttentionBackend,
+        fa3: ModuleType | None = None,
+        fa2: ModuleType | None = None,
+        num_sms: int | None = None,
+    ) -> None:
+        if fa3 is None and fa2 is None:
+            raise ValueError("attention backend 'flash_attn' needs flash_attn_interface (FA3) or flash_attn (FA2)")
+        self.fallback, self.fa3, self.fa2, self.num_sms = fallback, fa3, fa2, num_sms
+        self.elementwise = fallback.elementwise
+
+    def store_kv(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:
+        self.fallback.store_kv(k, v, k_pages, v_pages, slot_mapping)
+
+    def prefill(self, q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: PrefillMetadata) -> Tensor:
+        if self.fa3 is not None:
+            return self._fa3_prefill(self.fa3, q_THD, k_pages, v_pages, meta)
+        if self.fa2 is not None and meta.host_query_lens == meta.host_context_lens:
+            return self._fa2_prefill(self.fa2, q_THD, k_pages, v_pages, meta)
+        return self.fallback.prefill(q_THD, k_pages, v_pages, meta)
+
+    def decode(self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata) -> Tensor:
+        if self.fa3 is None:
+            return self.fallback.decode(q_BHD, k_pages, v_pages, meta)
+        out_B1HD = self.fa3.flash_attn_with_kvcache(
+            q_BHD.unsqueeze(1),
+            k_pages,
+            v_pages,
+            cache_seqlens=meta.context_lens,
+            page_table=_used_columns(meta.block_tables, meta.max_context_tokens, k_pages),
+            causal=True,
+            sm_margin=self._sm_margin(q_BHD),
+        )
+        return out_B1HD.squeeze(1)
+
+    def _fa3_prefill(
+        self, fa3: ModuleType, q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: PrefillMetadata
+    ) -> Tensor:
+        """The causal mask is aligned to the bottom right: the last query sees the whole context."""
+        return fa3.flash_attn_with_kvcache(
+            q_THD,
+            k_pages,
+            v_pages,
+            cache_seqlens=meta.context_lens,
+            page_table=_used_columns(meta.block_tables, meta.max_context_tokens, k_pages),
+            cu_seqlens_q=meta.cu_seqlens_q,
+            max_seqlen_q=meta.max_query_tokens,
+            causal=True,
+            sm_margin=self._sm_margin(q_THD),
+        )
+
+    def _fa2_prefill(
+        self, fa2: ModuleType, q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: PrefillMetadata
+    ) -> Tensor:
+        """Every context is its chunk alone: its KV, just stored, is what the slots hold."""
+        block, offset = meta.slot_mapping // k_pages.shape[1], meta.slot_mapping % k_pages.shape[1]
+        return fa2.flash_attn_varlen_func(
+            q_THD,
+            k_pages[block, offset],
+            v_pages[block, offset],
+            meta.cu_seqlens_q,
+            meta.cu_seqlens_q,
+            meta.max_query_tokens,
+            meta.max_query_tokens,
+            causal=True,
+        )
+
+    def _sm_margin(self, q: Tensor) -> int:
+        """SMs that FA3 is to leave alone: it knows only the whole card."""
+        return 0 if self.num_sms is None else count_sms(q.device) - self.num_sms
+
+
+def find_module(name: str) -> ModuleType | None:
+    """The module, or None where it is not installed or does not load; the reason is logged."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        logger.info("%s is not available: %s", name, error)
+        return None
+
+
+def _used_columns(block_tables: Tensor, max_context_tokens: int, k_pages: Tensor) -> Tensor:
+    """FA3 takes the tables' width for the longest context, and chooses its splits by it."""
+    return block_tables[:, : -(-max_context_tokens // k_pages.shape[1])]

@@ -1,0 +1,55 @@
+"""Attention through our own Triton kernels (nanovllm/kernels): paged prefill and paged decode on any CUDA card.
+
+Letters in names: T query tokens of a prefill batch, B decode rows, H query heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nanovllm.kernels.paged_decode import paged_decode
+from nanovllm.kernels.paged_prefill import paged_prefill, store_kv
+from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, PrefillMetadata
+from nanovllm.layers.elementwise import TritonElementwise
+
+
+class TritonAttention(AttentionBackend):
+    """Stateless, so cards may share it: partial results live in tensors made per call, which a graph keeps.
+
+    head_dim: the model's D. num_sms: SMs that decode may run on, where its stream has only a partition of the
+    card; None: all of them. Raises `ValueError` for a head dim that is no power of two from 16 up.
+    """
+
+    name = "triton"
+
+    def __init__(self, head_dim: int, num_sms: int | None = None) -> None:
+        if head_dim < 16 or head_dim & (head_dim - 1):
+            raise ValueError(f"attention backend 'triton' needs a head_dim of 16, 32, 64, …, not {head_dim}")
+        self.num_sms = num_sms
+        self.elementwise = TritonElementwise()
+
+    def store_kv(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:
+        store_kv(k, v, k_pages, v_pages, slot_mapping, num_sms=self.num_sms)
+
+    def prefill(self, q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: PrefillMetadata) -> Tensor:
+        return paged_prefill(
+            q_THD,
+            k_pages,
+            v_pages,
+            meta.block_tables,
+            meta.cu_seqlens_q,
+            meta.context_lens,
+            meta.max_query_tokens,
+            num_sms=self.num_sms,
+        )
+
+    def decode(self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata) -> Tensor:
+        return paged_decode(
+            q_BHD,
+            k_pages,
+            v_pages,
+            meta.block_tables,
+            meta.context_lens,
+            meta.max_context_tokens,
+            num_sms=self.num_sms,
+        )
