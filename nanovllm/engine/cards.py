@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 import torch
@@ -54,7 +55,7 @@ def build_runners(
     """Load the weights once, hand them from card to card, and give each card its own pool."""
     ids = [config.prefill_device_id, config.decode_device_id]
     dtype = resolve_dtype(config, model_config, devices[0])
-    attention = make_attention_backend(config.attention_backend, model_config)
+    attention = make_attention_backend(config.attention_backend, model_config, devices[0], dtype)
     first = load_model(
         folder, model_config, attention, dtype, devices[0], max_model_len, config.load_format, seed=config.seed
     )
@@ -65,7 +66,22 @@ def build_runners(
         cache = KVCache(num_blocks, config.kvcache_block_size, model_config, dtype, device)
         runners.append(ModelRunner(ids[card], model, cache, config.max_num_seqs, max_model_len))
         logger.info("card %d: %s, %s, %d blocks of %d tokens", card, device, dtype, num_blocks, cache.block_size)
+    if devices[0].type == "cuda":
+        prepare(runners, config)
     return runners
+
+
+def prepare(runners: list[ModelRunner], config: Config) -> None:
+    """Compile and capture on every card before any worker thread exists: a capture tolerates no other thread."""
+    started = time.perf_counter()
+    for runner in runners:
+        runner.warm_up()
+    compiled = time.perf_counter()
+    attention = runners[-1].model.attention.name
+    if not config.enforce_eager and attention != "torch":  # the torch backend's shapes follow the lengths
+        runners[-1].capture()
+    captured = time.perf_counter() - compiled
+    logger.info("attention: %s; compiled in %.1f s, captured in %.1f s", attention, compiled - started, captured)
 
 
 def count_blocks(

@@ -9,10 +9,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from nanovllm.engine.decode_graphs import DecodeGraphs, captured_features
 from nanovllm.engine.kv_cache import CopyHandle, KVCache
 from nanovllm.engine.shards import (
     CopyShard,
     DecodeShard,
+    PrefillChunk,
     PrefillShard,
     SamplingRow,
     StepResult,
@@ -23,6 +25,7 @@ from nanovllm.layers.attention import PrefillMetadata
 from nanovllm.layers.host import to_device
 from nanovllm.layers.sampler import SamplingBatch, gather_logprobs, sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.sampling_params import SamplingParams
 
 
 class StepHandle:
@@ -70,6 +73,8 @@ class ModelRunner:
         self.model = model
         self.kv_cache = kv_cache
         self.block_size = kv_cache.block_size
+        self.max_model_len = max_model_len
+        self.graphs: DecodeGraphs | None = None
         max_blocks = -(-max_model_len // self.block_size)
         vocab_size = model.config.vocab_size
         self.slots = SlotState(max_num_seqs, max_blocks, self.block_size, kv_cache.null_block, vocab_size, self.device)
@@ -95,12 +100,48 @@ class ModelRunner:
         """Advance every slot of the shard by one token."""
         with self._on_card() as start:
             self.slots.apply(shard)
-            slots_B, tokens_B, positions_B, metadata = self.slots.inputs(shard)
-            logits = self.model.forward_decode(tokens_B, positions_B, self.kv_cache, metadata)
-            token_ids = sample(logits, self.slots.sampling_batch(shard, slots_B))
-            self.slots.advance(slots_B, token_ids)
+            logits, token_ids = self._decode(shard)
             params = [self.slots.params[slot] for slot in shard.slots]
             return self._handle(logits, token_ids, [p.logprobs if p is not None else None for p in params], start)
+
+    def _decode(self, shard: DecodeShard) -> tuple[Tensor, Tensor]:
+        """Logits and sampled ids of a step, its slots advanced."""
+        params = [p for p in (self.slots.params[slot] for slot in shard.slots) if p is not None]
+        features = captured_features(params) if self.graphs is not None else None
+        if self.graphs is not None and features is not None:
+            logits, bucket = self.graphs.replay_model(shard.slots)
+            token_ids = self.graphs.replay_sampler(len(shard.slots), bucket, features)
+            if self.slots.counts_SV is None:
+                return logits, token_ids
+            slots_B = self._int64(shard.slots)
+        else:
+            slots_B = self._int64(shard.slots)
+            logits = self._decode_logits(shard, slots_B)
+            token_ids = sample(logits, self.slots.sampling_batch(shard, slots_B))
+            self.slots.advance(slots_B, token_ids)
+        self.slots.count(slots_B, token_ids)
+        return logits, token_ids
+
+    def _decode_logits(self, shard: DecodeShard, slots_B: Tensor) -> Tensor:
+        if self.graphs is not None:
+            return self.graphs.replay_model(shard.slots)[0]
+        tokens_B, positions_B, metadata = self.slots.inputs(slots_B, shard.max_context_tokens)
+        return self.model.forward_decode(tokens_B, positions_B, self.kv_cache, metadata)
+
+    @torch.inference_mode()
+    def capture(self) -> float:
+        """Compile and capture every decode step; nothing else may run in the process. Returns the seconds it took."""
+        with self._on_card():
+            slots = self.slots
+            self.graphs = DecodeGraphs(self.model, self.kv_cache, slots, len(slots.params), self.max_model_len)
+        return self.graphs.capture_seconds
+
+    def warm_up(self) -> None:
+        """Compile what prefill launches: one short and one long chunk, greedy and random, into the null block."""
+        for count in (1, min(256, self.max_model_len)):
+            table = (self.kv_cache.null_block,) * -(-count // self.block_size)
+            rows = tuple(SamplingRow(SamplingParams(temperature=t), seed=0, position=0) for t in (0.0, 1.0))
+            self.run_prefill(PrefillShard(0, 0, (PrefillChunk((0,) * count, 0, table, rows),))).wait()
 
     @torch.inference_mode()
     def run_copy(self, shard: CopyShard, target: ModelRunner, after: torch.cuda.Event | None) -> CopyHandle:

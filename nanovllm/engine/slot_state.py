@@ -9,6 +9,7 @@ Shape suffixes: S slots, B rows of this step, V vocabulary, N blocks a sequence 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,14 +32,12 @@ class SlotState:
         self.vocab_size = vocab_size
         self.device = device
         self.params: list[SamplingParams | None] = [None] * num_slots
-        self.last_token_S = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self.num_kv_tokens_S = torch.zeros_like(self.last_token_S)
-        self.position_S = torch.zeros_like(self.last_token_S)
-        self.seed_S = torch.zeros_like(self.last_token_S)
-        self.top_k_S = torch.zeros_like(self.last_token_S)
-        self.min_tokens_S = torch.zeros_like(self.last_token_S)
-        self.floats_S6 = torch.zeros(num_slots, 6, dtype=torch.float32, device=device)  # see sampling_floats
-        self.block_tables_SN = torch.full((num_slots, max_blocks), null_block, dtype=torch.int32, device=device)
+        self.null_slot = num_slots  # where a graph's padding rows point: an empty context, writing to the null block
+        self.integers_S6 = torch.zeros(num_slots + 1, 6, dtype=torch.int64, device=device)  # see _integers
+        self.last_token_S, self.num_kv_tokens_S, self.position_S = self.integers_S6.unbind(1)[:3]
+        self.seed_S, self.top_k_S, self.min_tokens_S = self.integers_S6.unbind(1)[3:]
+        self.floats_S6 = torch.zeros(num_slots + 1, 6, dtype=torch.float32, device=device)  # see sampling_floats
+        self.block_tables_SN = torch.full((num_slots + 1, max_blocks), null_block, dtype=torch.int32, device=device)
         # [S, V] tables exist only once a request needs them: 0.3 GB each at 512 slots of Qwen3's vocabulary.
         self.counts_SV: Tensor | None = None
         self.prompt_SV: Tensor | None = None
@@ -46,25 +45,24 @@ class SlotState:
 
     def apply(self, shard: DecodeShard) -> None:
         """Take in what changed since the last step."""
-        for entry in shard.entries:
-            self._enter(entry)
+        if shard.entries:
+            self._enter(shard.entries)
         if shard.new_blocks:
             slots, columns, blocks = zip(*((new.slot, new.column, new.block) for new in shard.new_blocks), strict=True)
             self.block_tables_SN[self._ids(slots), self._ids(columns)] = self._ids(blocks).int()
 
-    def _enter(self, entry: SlotEntry) -> None:
-        row, slot, p = entry.sampling, entry.slot, entry.sampling.params
-        self.params[slot] = p
-        self.last_token_S[slot] = entry.last_token
-        self.num_kv_tokens_S[slot] = entry.num_kv_tokens
-        self.position_S[slot] = row.position
-        self.seed_S[slot] = row.seed
-        self.top_k_S[slot] = sampling_filters(p)[0]
-        self.min_tokens_S[slot] = p.min_tokens
-        self.floats_S6[slot] = to_device(sampling_floats(p), torch.float32, self.device)
-        self.block_tables_SN[slot] = self.null_block
-        self.block_tables_SN[slot, : len(entry.block_table)] = self._ids(entry.block_table).int()
-        self._enter_tables(slot, row)
+    def _enter(self, entries: tuple[SlotEntry, ...]) -> None:
+        """One copy a kind of state for all of them, each queued: nothing here waits for the card."""
+        slots_B = self._ids([entry.slot for entry in entries])
+        width = self.block_tables_SN.shape[1]
+        tables = [[*entry.block_table, *[self.null_block] * (width - len(entry.block_table))] for entry in entries]
+        self.integers_S6[slots_B] = to_device([_integers(entry) for entry in entries], torch.int64, self.device)
+        floats = [sampling_floats(entry.sampling.params) for entry in entries]
+        self.floats_S6[slots_B] = to_device(floats, torch.float32, self.device)
+        self.block_tables_SN[slots_B] = to_device(tables, torch.int32, self.device)
+        for entry in entries:
+            self.params[entry.slot] = entry.sampling.params
+            self._enter_tables(entry.slot, entry.sampling)
 
     def _enter_tables(self, slot: int, row: SamplingRow) -> None:
         if row.params.has_penalty:
@@ -78,26 +76,37 @@ class SlotState:
             self.banned_SV[slot] = False
             self.banned_SV[slot, self._ids(row.stop_ids)] = True
 
-    def inputs(self, shard: DecodeShard) -> tuple[Tensor, Tensor, Tensor, DecodeMetadata]:
-        """(slots, token ids, positions, metadata) of a step, each of B rows."""
-        slots_B = self._ids(shard.slots)
+    def inputs(self, slots_B: Tensor, max_context_tokens: int) -> tuple[Tensor, Tensor, DecodeMetadata]:
+        """(token ids, positions, metadata) of a step of B rows, none of them longer than `max_context_tokens`."""
         positions_B = self.num_kv_tokens_S[slots_B]
-        width = -(-shard.max_context_tokens // self.block_size)
+        width = -(-max_context_tokens // self.block_size)
         tables_BN = self.block_tables_SN[slots_B, :width]
         blocks_B = tables_BN.gather(1, (positions_B // self.block_size)[:, None])[:, 0].long()
         mapping_B = blocks_B * self.block_size + positions_B % self.block_size
-        metadata = DecodeMetadata((positions_B + 1).int(), tables_BN, mapping_B, shard.max_context_tokens)
-        return slots_B, self.last_token_S[slots_B], positions_B, metadata
+        metadata = DecodeMetadata((positions_B + 1).int(), tables_BN, mapping_B, max_context_tokens)
+        return self.last_token_S[slots_B], positions_B, metadata
 
     def sampling_batch(self, shard: DecodeShard, slots_B: Tensor) -> SamplingBatch:
         """Sampling of a step's rows, read from the slots; features as the host knows them."""
         params = [p for p in (self.params[slot] for slot in shard.slots) if p is not None]
-        temperature, top_p, min_p, presence, frequency, repetition = self.floats_S6[slots_B].unbind(1)
-        position_B = self.position_S[slots_B]
+        plain = self.plain_batch(slots_B, any_random=False)
+        position_B = plain.position
         penalty = any(p.has_penalty for p in params)
         banned = None
         if self.banned_SV is not None and any(p.min_tokens for p in params):
             banned = self.banned_SV[slots_B] & (position_B < self.min_tokens_S[slots_B])[:, None]
+        return replace(
+            plain,
+            # Rows without a penalty may read another request's leftovers here: their factors are neutral.
+            output_counts=self.counts_SV[slots_B] if penalty and self.counts_SV is not None else None,
+            prompt_mask=self.prompt_SV[slots_B] if penalty and self.prompt_SV is not None else None,
+            banned=banned,
+            **sampling_features(params, self.device),
+        )
+
+    def plain_batch(self, slots_B: Tensor, any_random: bool) -> SamplingBatch:
+        """The rows' sampling without filters and penalties; `any_random=False`: greedy."""
+        temperature, top_p, min_p, presence, frequency, repetition = self.floats_S6[slots_B].unbind(1)
         return SamplingBatch(
             temperature=temperature,
             top_k=self.top_k_S[slots_B],
@@ -107,12 +116,13 @@ class SlotState:
             frequency=frequency,
             repetition=repetition,
             seed=self.seed_S[slots_B],
-            position=position_B,
-            # Rows without a penalty may read another request's leftovers here: their factors are neutral.
-            output_counts=self.counts_SV[slots_B] if penalty and self.counts_SV is not None else None,
-            prompt_mask=self.prompt_SV[slots_B] if penalty and self.prompt_SV is not None else None,
-            banned=banned,
-            **sampling_features(params, self.device),
+            position=self.position_S[slots_B],
+            any_random=any_random,
+            any_top_k=False,
+            any_top_p=False,
+            any_min_p=False,
+            any_penalty=False,
+            max_top_k=0,
         )
 
     def advance(self, slots_B: Tensor, token_ids_B: Tensor) -> None:
@@ -120,6 +130,10 @@ class SlotState:
         self.last_token_S[slots_B] = token_ids_B
         self.num_kv_tokens_S[slots_B] += 1
         self.position_S[slots_B] += 1
+        self.num_kv_tokens_S[self.null_slot :].zero_()  # stays empty, however often it steps
+
+    def count(self, slots_B: Tensor, token_ids_B: Tensor) -> None:
+        """Count the sampled ids where penalties ask for it. Not in a graph: the table appears in mid-service."""
         if self.counts_SV is not None:
             self.counts_SV[slots_B, token_ids_B] += 1
 
@@ -137,6 +151,13 @@ def fill_counts(counts_V: Tensor, prompt_V: Tensor, row: SamplingRow) -> None:
     outputs = to_device(row.output_ids, torch.int64, counts_V.device)
     counts_V.index_add_(0, outputs, torch.ones_like(outputs, dtype=counts_V.dtype))
     prompt_V[to_device(row.prompt_ids, torch.int64, prompt_V.device)] = True
+
+
+def _integers(entry: SlotEntry) -> tuple[int, ...]:
+    """last token, tokens in the KV cache, output position, seed, top_k, min_tokens."""
+    row = entry.sampling
+    top_k = sampling_filters(row.params)[0]
+    return entry.last_token, entry.num_kv_tokens, row.position, row.seed, top_k, row.params.min_tokens
 
 
 def sampling_floats(p: SamplingParams) -> tuple[float, ...]:

@@ -33,9 +33,9 @@ class FusedLinear(Linear):
         super().__init__(in_features, sum(parts.values()), dtype, device)
         self.parts = parts
 
-    def forward_parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The product, as one view per part."""
-        return self(x).split(list(self.parts.values()), dim=-1)
+    def split(self, product: Tensor) -> tuple[Tensor, ...]:
+        """What `forward` returned, as one view per part."""
+        return product.split(list(self.parts.values()), dim=-1)
 
     def checkpoint_slots(self) -> dict[str, Tensor]:
         slices = self.weight.split(list(self.parts.values()))

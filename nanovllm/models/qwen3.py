@@ -11,10 +11,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nanovllm.engine.kv_cache import KVCache
 from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, PrefillMetadata
+from nanovllm.layers.elementwise import Elementwise
 from nanovllm.layers.embedding import Embedding, project_to_logits
 from nanovllm.layers.linear import FusedLinear, Linear
 from nanovllm.layers.norm import RMSNorm
@@ -47,11 +47,9 @@ class Qwen3Attention(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, kv_cache: KVCache, metadata: AttentionMetadata) -> Tensor:
         """x [tokens, hidden] → [tokens, hidden]; stores the tokens' KV before attending."""
-        parts = self.qkv_proj.forward_parts(x)
-        q_THD, k_TKD, v_TKD = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
-        q_THD, k_TKD = self.rotary(positions, self.q_norm(q_THD), self.k_norm(k_TKD))
         k_pages, v_pages = kv_cache.layer_view(self.layer)
-        self.backend.store_kv(k_TKD, v_TKD, k_pages, v_pages, metadata.slot_mapping)
+        qkv = self.qkv_proj(x)
+        q_THD = self.backend.elementwise.split_qkv(self, qkv, positions, (k_pages, v_pages), metadata.slot_mapping)
         if isinstance(metadata, PrefillMetadata):
             out_THD = self.backend.prefill(q_THD, k_pages, v_pages, metadata)
         else:
@@ -65,15 +63,15 @@ class Qwen3Attention(nn.Module):
 class Qwen3MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) · up(x))."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, elementwise: Elementwise, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
+        self.elementwise = elementwise
         parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
         self.gate_up_proj = FusedLinear(config.hidden_size, parts, dtype, device)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj.forward_parts(x)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(self.elementwise.silu_mul(self.gate_up_proj(x)))
 
     def checkpoint_slots(self) -> dict[str, Tensor]:
         return self.gate_up_proj.checkpoint_slots() | _slots(self, "down_proj")
@@ -93,7 +91,8 @@ class Qwen3DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.self_attn = Qwen3Attention(config, layer, rotary, backend, dtype, device)
-        self.mlp = Qwen3MLP(config, dtype, device)
+        self.elementwise = backend.elementwise
+        self.mlp = Qwen3MLP(config, backend.elementwise, dtype, device)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
 
@@ -106,12 +105,12 @@ class Qwen3DecoderLayer(nn.Module):
         metadata: AttentionMetadata,
     ) -> tuple[Tensor, Tensor]:
         """Norm, QKV, head norms, RoPE, KV store, attention, output projection."""
-        x, residual = self.input_layernorm.forward_add(hidden, residual)
+        x, residual = self.elementwise.add_norm(self.input_layernorm, hidden, residual)
         return self.self_attn(x, positions, kv_cache, metadata), residual
 
     def forward_ffn_stage(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Norm, gate and up, SiLU product, down."""
-        x, residual = self.post_attention_layernorm.forward_add(hidden, residual)
+        x, residual = self.elementwise.add_norm(self.post_attention_layernorm, hidden, residual)
         return self.mlp(x), residual
 
     def checkpoint_slots(self) -> dict[str, Tensor]:
@@ -206,7 +205,7 @@ class Qwen3ForCausalLM(nn.Module):
 
     def compute_logits(self, hidden: Tensor, residual: Tensor) -> Tensor:
         """Final norm and projection of what the last layer returned; float32 [rows, vocab_size]."""
-        x, _ = self.norm.forward_add(hidden, residual)
+        x, _ = self.attention.elementwise.add_norm(self.norm, hidden, residual)
         return project_to_logits(x, self.lm_head.weight)
 
     def copy_to(self, device: torch.device, attention: AttentionBackend | None = None) -> Qwen3ForCausalLM:

@@ -85,7 +85,7 @@ def edited_tensors(path: Path) -> Iterator[dict[str, Tensor]]:
 def load_tiny(folder: Path, **options: Any) -> tuple[ModelConfig, Qwen3ForCausalLM]:
     """Config and model of a checkpoint, float32 on the CPU."""
     config = load_model_config(folder)
-    backend = make_attention_backend("torch", config)
+    backend = make_attention_backend("torch", config, torch.device("cpu"), torch.float32)
     arguments = {"dtype": torch.float32, "device": torch.device("cpu"), "max_position_tokens": 256} | options
     return config, load_model(folder, config, backend, **arguments)
 

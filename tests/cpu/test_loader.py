@@ -305,7 +305,7 @@ def tiny_config(**changes: Any) -> ModelConfig:
 def dummy_model(config: ModelConfig, seed: int = 0) -> Any:
     from nanovllm.layers.attention import make_attention_backend
 
-    backend = make_attention_backend("torch", config)
+    backend = make_attention_backend("torch", config, torch.device("cpu"), torch.float32)
     folder = Path("no/such/folder")
     return load_model(folder, config, backend, torch.float32, torch.device("cpu"), 64, "dummy", seed)
 

@@ -60,10 +60,10 @@ def test_inputs_advance_on_the_card() -> None:
     state = make_state()
     shard = step(1, entry(0, SamplingParams(), table=(7, 6)))
     state.apply(shard)
-    slots, tokens, positions, metadata = state.inputs(shard)
+    tokens, positions, metadata = state.inputs(torch.tensor([0]), 16)
     assert (tokens.tolist(), positions.tolist(), metadata.context_lens.tolist()) == ([5], [3], [4])
     assert metadata.slot_mapping.tolist() == [7 * 4 + 3]
-    state.advance(slots, torch.tensor([2]))
-    _, tokens, positions, metadata = state.inputs(step(2))
+    state.advance(torch.tensor([0]), torch.tensor([2]))
+    tokens, positions, metadata = state.inputs(torch.tensor([0]), 16)
     assert (tokens.tolist(), positions.tolist()) == ([2], [4])
     assert metadata.slot_mapping.tolist() == [6 * 4]  # the next block's first slot

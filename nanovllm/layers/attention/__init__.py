@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 # Not `import torch`: once the submodule torch.py is loaded, the name `torch` in this package means that file.
 from torch import Tensor
+from torch import device as Device
+from torch import dtype as DType
 
+from nanovllm.layers.elementwise import Elementwise
 from nanovllm.models.model_config import ModelConfig
 
 
@@ -59,6 +62,7 @@ class AttentionBackend(ABC):
     """
 
     name: str
+    elementwise: Elementwise  # what goes with it between the matrix products
 
     @abstractmethod
     def store_kv(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:
@@ -73,12 +77,57 @@ class AttentionBackend(ABC):
         """Attend each row to its context, its new KV stored before. Returns [B, H, D], finite everywhere."""
 
 
-def make_attention_backend(name: str, model_config: ModelConfig) -> AttentionBackend:
-    """The backend called `name`; "auto" picks one that runs everywhere. Unknown names are a `ValueError`."""
-    from nanovllm.layers.attention.torch import TorchAttention  # here: that file imports this one
+class MixedAttention(AttentionBackend):
+    """One backend's prefill and another's decode, over the same pages."""
 
-    if name in ("auto", "torch"):
+    def __init__(self, prefill: AttentionBackend, decode: AttentionBackend) -> None:
+        self.name = f"{prefill.name} prefill, {decode.name} decode"
+        self.elementwise = decode.elementwise
+        self._prefill, self._decode = prefill, decode
+
+    def store_kv(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:
+        self._decode.store_kv(k, v, k_pages, v_pages, slot_mapping)
+
+    def prefill(self, q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: PrefillMetadata) -> Tensor:
+        return self._prefill.prefill(q_THD, k_pages, v_pages, meta)
+
+    def decode(self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata) -> Tensor:
+        return self._decode.decode(q_BHD, k_pages, v_pages, meta)
+
+
+def make_attention_backend(name: str, model_config: ModelConfig, device: Device, dtype: DType) -> AttentionBackend:
+    """The backend called `name`; "auto" takes the fastest that this device, dtype and head dim allow.
+
+    auto: on a GPU our own kernels, with FlashAttention-3's prefill where it is importable; torch elsewhere.
+    `ValueError` for an unknown name and for one that cannot run here.
+    """
+    head_dim = model_config.head_dim
+    if name == "torch" or (name == "auto" and (device.type != "cuda" or not _is_power_of_two(head_dim))):
+        from nanovllm.layers.attention.torch import TorchAttention  # here: that file imports this one
+
         return TorchAttention(model_config)
-    if name in ("triton", "flash_attn"):
-        raise ValueError(f"attention backend {name!r} is not implemented yet; use 'auto' or 'torch'")
-    raise ValueError(f"unknown attention backend {name!r}; known: auto, torch, triton, flash_attn")
+    if name not in ("auto", "triton", "flash_attn"):
+        raise ValueError(f"unknown attention backend {name!r}; known: auto, torch, triton, flash_attn")
+    if device.type != "cuda":
+        raise ValueError(f"attention_backend={name!r} needs a CUDA device, not {device}")
+    return _make_gpu_backend(name, head_dim, dtype)
+
+
+def _make_gpu_backend(name: str, head_dim: int, dtype: DType) -> AttentionBackend:
+    from nanovllm.layers.attention.flash_attn import FlashAttention, find_module
+    from nanovllm.layers.attention.triton import TritonAttention
+
+    triton = TritonAttention(head_dim)
+    if name == "triton":
+        return triton
+    half = str(dtype) in ("torch.bfloat16", "torch.float16")
+    if name == "flash_attn":
+        if not half:
+            raise ValueError(f"attention_backend='flash_attn' needs bfloat16 or float16, not {dtype}")
+        return FlashAttention(triton, find_module("flash_attn_interface"), find_module("flash_attn"))
+    fa3 = find_module("flash_attn_interface") if half else None
+    return triton if fa3 is None else MixedAttention(FlashAttention(triton, fa3), triton)
+
+
+def _is_power_of_two(head_dim: int) -> bool:
+    return head_dim >= 16 and head_dim & (head_dim - 1) == 0

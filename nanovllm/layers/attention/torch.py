@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, PrefillMetadata
+from nanovllm.layers.elementwise import TorchElementwise
 from nanovllm.models.model_config import ModelConfig
 
 GATHERED_BYTES = 256 << 20  # keys (and as much again for values) that decode gathers at once on a GPU
@@ -24,6 +25,7 @@ class TorchAttention(AttentionBackend):
 
     def __init__(self, model_config: ModelConfig) -> None:
         self.num_kv_heads = model_config.num_key_value_heads
+        self.elementwise = TorchElementwise()
 
     def store_kv(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:
         block_size = k_pages.shape[1]
