@@ -11,6 +11,7 @@ import torch
 from nanovllm.config import Config
 from nanovllm.engine.kv_cache import KVCache
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.shards import CopyShard
 from nanovllm.layers.attention import make_attention_backend
 from nanovllm.models.loader import load_model
 from nanovllm.models.model_config import ModelConfig
@@ -76,12 +77,21 @@ def prepare(runners: list[ModelRunner], config: Config) -> None:
     started = time.perf_counter()
     for runner in runners:
         runner.warm_up()
+        warm_copies(runner, runners)
     compiled = time.perf_counter()
     attention = runners[-1].model.attention.name
     if not config.enforce_eager and attention != "torch":  # the torch backend's shapes follow the lengths
         runners[-1].capture()
     captured = time.perf_counter() - compiled
     logger.info("attention: %s; compiled in %.1f s, captured in %.1f s", attention, compiled - started, captured)
+
+
+def warm_copies(runner: ModelRunner, runners: list[ModelRunner]) -> None:
+    """Compile the copy of scattered blocks and open the way to the other card. No block holds anything yet."""
+    other = next((r for r in runners if r is not runner), runner)
+    pairs = ((0, 3), (1, 2))  # not a run, and disjoint
+    if min(runner.kv_cache.num_blocks, other.kv_cache.num_blocks) > 3:
+        runner.run_copy(CopyShard(0, 0, 0, pairs, 0), other, None).wait()
 
 
 def count_blocks(

@@ -74,6 +74,7 @@ class KVCache:
         self.device = self.pages.device  # with its index, also where the caller said only "cuda"
         self.block_bytes = self.pages[0].nbytes
         self._arrivals: torch.cuda.Stream | None = None
+        self._peer: bool | None = None  # not asked yet
         if self.device.type == "cuda":
             self._arrivals = torch.cuda.Stream(self.device)  # our own: no compute stream waits for a copy
             torch.cuda.synchronize(self.device)  # the pages are cleared before any other stream writes them
@@ -132,15 +133,30 @@ class KVCache:
         block_pairs: Sequence[tuple[int, int]],
         arrivals: torch.cuda.Stream | None = None,
     ) -> None:
-        """Contiguous runs one by one where they are long; else gather, transfer, scatter on `arrivals`."""
+        """Contiguous runs one by one where they are long; else one kernel that pushes over the link, or, where the
+        cards cannot reach each other's memory, gather, transfer, and scatter on `arrivals`."""
         runs = merge_runs(block_pairs)
         if len(runs) == 1 or len(block_pairs) * self.block_bytes >= len(runs) * MIN_RUN_BYTES:
             for src, dst, length in runs:
                 other.pages[dst : dst + length].copy_(self.pages[src : src + length], non_blocking=True)
             return
+        if self._reaches(other):
+            from nanovllm.kernels.push_blocks import push_blocks  # here: a CPU build of torch has no Triton
+
+            push_blocks(self.pages, other.pages, block_pairs)
+            return
         piece = max(1, MAX_STAGING_BYTES // self.block_bytes)
         for begin in range(0, len(block_pairs), piece):
             self._copy_gathered(other, block_pairs[begin : begin + piece], arrivals)
+
+    def _reaches(self, other: KVCache) -> bool:
+        """Whether a kernel of this card may write the other's memory."""
+        if self.device.type != "cuda" or self.device == other.device:
+            return self.device.type == "cuda"
+        if self._peer is None:
+            self._peer = torch.cuda.can_device_access_peer(self.device, other.device)
+            torch.zeros(1, device=self.device).to(other.device)  # torch enables the access with its first copy
+        return self._peer
 
     def _copy_gathered(
         self, other: KVCache, block_pairs: Sequence[tuple[int, int]], arrivals: torch.cuda.Stream | None
