@@ -84,10 +84,8 @@ def main() -> None:
             result = measure(caches[0], caches[-1], make_pairs(blocks, scattered))
             rows.append({"blocks": blocks, "mib": caches[0].block_bytes / 2**20, "scattered": scattered, **result})
             row = rows[-1]
-            way = "scattered" if scattered else "one run"
-            print(
-                f"{blocks:4} x {row['mib']:5.2f} MiB, {way:9}: {row['gb_per_s']:7.1f} GB/s, host {row['host_ms']:.2f} ms"
-            )
+            size = f"{blocks:4} x {row['mib']:5.2f} MiB, {'scattered' if scattered else 'one run':9}"
+            print(f"{size}: {row['gb_per_s']:7.1f} GB/s, host {row['host_ms']:.2f} ms")
     print(json.dumps({"cards": len(devices), "device": kind, "torch": torch.__version__, "rows": rows}))
 
 
