@@ -70,7 +70,9 @@ def measure(source: KVCache, target: KVCache, pairs: list[tuple[int, int]]) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    kind = parser.parse_args().device
+    parser.add_argument("--gather", action="store_true", help="as where the cards cannot reach each other's memory")
+    args = parser.parse_args()
+    kind = args.device
     count = torch.cuda.device_count() if kind == "cuda" else 2
     devices = [torch.device(kind, i) if kind == "cuda" else torch.device("cpu") for i in range(min(2, count))]
     rows = []
@@ -78,6 +80,7 @@ def main() -> None:
         caches = [KVCache(2 * blocks, tokens, make_config(layers), torch.bfloat16, device) for device in devices]
         for cache in caches:
             cache.pages.normal_()
+            cache._peer = False if args.gather else None
             if kind == "cuda":
                 torch.cuda.synchronize(cache.device)
         for scattered in (False, True):

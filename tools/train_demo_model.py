@@ -6,7 +6,7 @@ a function by its docstring, the assistant answers with its code). The folder it
 published Qwen3 checkpoint, so the engine and `transformers` load it unchanged.
 
     python tools/train_demo_model.py --out nanovllm/demo --minutes 3 --device cuda
-    python tools/train_demo_model.py --out /tmp/demo --steps 4 --batch 2 --device cpu     # a smoke run
+    python tools/train_demo_model.py --out demo-smoke --steps 4 --batch 2 --device cpu   # a smoke run
 
 Needs torch, transformers and tokenizers. The learning rate follows the share of the budget that is used up
 (of the steps, or of the minutes), so a time-boxed run also ends its cosine. The checkpoint is saved at each
