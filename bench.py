@@ -2,6 +2,7 @@
 
     python bench.py --shape 0.6b                    # published sizes, random weights, no download
     python bench.py --model Qwen/Qwen3-8B --two-gpus
+    python bench.py --shape 8b --decode-steps --prefill    # instead: single steps, see bench_steps.py
 
 The same draws in the same order as https://github.com/GeeeekExplorer/nano-vllm (bench.py): 133,966 output tokens at
 the defaults. Prints a table; the last line is one JSON object. Warm-up is excluded from every figure.
@@ -19,7 +20,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from bench_report import make_report, table_rows
+from bench_report import identity, make_report, table_rows
+from bench_steps import DECODE_CASES, PREFILL_CASES, Case, Ceiling, bench_decode_steps, bench_prefill, step_lines
 
 if TYPE_CHECKING:
     from nanovllm import LLM, SamplingParams
@@ -93,11 +95,8 @@ def random_length(rng: random.Random, longest: int) -> int:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Build the engine, warm it up, time the workload; everything the JSON line holds."""
-    from nanovllm import LLM
-
     with ExitStack() as stack:
-        folder = args.model or write_shape(Path(stack.enter_context(tempfile.TemporaryDirectory())), args.shape)
-        llm = stack.enter_context(LLM(str(folder), **engine_options(args)))
+        llm = make_llm(args, stack)
         sizes = args.num_seqs, args.max_input_len, args.max_output_len
         prompts, params = make_workload(*sizes, llm.model_config.vocab_size, args.seed)
         if args.warmup:
@@ -109,6 +108,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         folded = llm.model_config.vocab_size <= LARGEST_TOKEN_ID
     model = {"model": args.model, "shape": args.shape, "folded_token_ids": folded}
     return model | figures | {"arguments": vars(args)}
+
+
+def run_steps(args: argparse.Namespace) -> dict[str, Any]:
+    """Build the engine, warm it up, time single steps; everything the JSON line holds."""
+    ceiling, figures = Ceiling(args.read_tb_per_s, args.tflops), {}
+    with ExitStack() as stack:
+        llm = make_llm(args, stack)
+        warm_up(llm)
+        if args.decode_steps:
+            cases = args.cases or DECODE_CASES
+            figures["decode_steps"] = bench_decode_steps(llm, cases, args.repeats, ceiling)
+        if args.prefill:
+            cases = args.cases or PREFILL_CASES
+            figures["prefill"] = bench_prefill(llm, cases, args.repeats, ceiling)
+        model = {"model": args.model, "shape": args.shape, "ceiling": ceiling._asdict()}
+        return model | identity(llm) | figures | {"arguments": vars(args)}
+
+
+def make_llm(args: argparse.Namespace, stack: ExitStack) -> LLM:
+    """The engine to measure, closed with the stack."""
+    from nanovllm import LLM
+
+    folder = args.model or write_shape(Path(stack.enter_context(tempfile.TemporaryDirectory())), args.shape)
+    return stack.enter_context(LLM(str(folder), **engine_options(args)))
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -159,8 +182,27 @@ def make_parser() -> Parser:
     parser.add_argument("--max-output-len", type=positive, default=1024)
     parser.add_argument("--seed", type=int, default=0, help="of the workload and of the engine's sampling")
     parser.add_argument("--warmup", action=argparse.BooleanOptionalAction, default=True, help="a request beforehand")
+    add_step_arguments(parser.add_argument_group("single steps, instead of the workload"))
     add_engine_arguments(parser.add_argument_group("engine", "as in nanovllm.Config; left out: its defaults"))
     return parser
+
+
+def add_step_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--decode-steps", action="store_true", help="time decode steps of full batches")
+    group.add_argument("--prefill", action="store_true", help="time whole prompts")
+    group.add_argument("--cases", type=case_list, metavar="BATCHxTOKENS,...", help="left out: the table of the docs")
+    group.add_argument("--repeats", type=positive, default=5)
+    group.add_argument("--read-tb-per-s", type=float, default=4.45, help="of the card's memory; default: an H200's")
+    group.add_argument("--tflops", type=float, default=797.0, help="of the card's bf16 products; default: an H200's")
+
+
+def case_list(text: str) -> list[str]:
+    for case in (cases := text.split(",")):
+        try:
+            Case.parse(case)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return cases
 
 
 def add_engine_arguments(group: argparse._ArgumentGroup) -> None:
@@ -194,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
-        figures = run(args)
+        figures = run_steps(args) if args.decode_steps or args.prefill else run(args)
     except (ValueError, FileNotFoundError) as error:  # the library's words for a caller's mistake
         parser.error(str(error))
     print_figures(figures)
@@ -202,11 +244,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def print_figures(figures: dict[str, Any]) -> None:
-    rows = [("model", figures["model"] or f"shape {figures['shape']}, random weights"), *table_rows(figures)]
-    if figures["folded_token_ids"]:
+    whole = "seconds" in figures
+    rows = [("model", figures["model"] or f"shape {figures['shape']}, random weights")]
+    rows += table_rows(figures) if whole else step_lines(figures)
+    if figures.get("folded_token_ids"):
         rows.append(("note", f"token ids up to {LARGEST_TOKEN_ID} were folded into the smaller vocabulary"))
+    width = 1 + max(10, *(len(name) for name, _ in rows))
     for name, text in rows:
-        print(f"{name:<10} {text}")
+        print(f"{name:<{width}}{text}")
     print(json.dumps(figures))
 
 

@@ -25,11 +25,7 @@ def make_report(llm: LLM, outputs: Sequence[RequestOutput], seconds: float, befo
     if any(output.outputs[0].finish_reason != "length" for output in outputs):
         raise RuntimeError("a sequence ended before its max_tokens: the figures would not be comparable")
     metrics = [output.metrics for output in outputs]
-    runners = list(dict.fromkeys((llm.prefill_runner, llm.decode_runner)))
-    return {
-        "parameters": llm.model_config.num_parameters(),
-        "mode": "two cards" if len(runners) == 2 else "one card",
-        "overlap": llm.config.overlap,
+    return identity(llm) | {
         "seconds": round(seconds, 4),
         "num_seqs": len(outputs),
         "prompt_tokens": num_prompt,
@@ -38,14 +34,28 @@ def make_report(llm: LLM, outputs: Sequence[RequestOutput], seconds: float, befo
         "total_tokens_per_s": round((num_prompt + num_output) / seconds, 2),
         "ttft_ms": percentiles_ms([m.ttft for m in metrics if m.ttft is not None]),
         "itl_ms": percentiles_ms([gap for m in metrics for gap in m.inter_token]),
-        "cards": [card_figures(before, after, card, seconds, runner) for card, runner in enumerate(runners)],
+        "cards": [card_figures(before, after, card, seconds, runner) for card, runner in enumerate(cards_of(llm))],
         "copies": copy_figures(before, after),
         "evacuations": after["evacuations"] - before["evacuations"],
+    }
+
+
+def identity(llm: LLM) -> Stats:
+    """What ran: model size, mode, backend, devices, versions, commit."""
+    return {
+        "parameters": llm.model_config.num_parameters(),
+        "mode": "two cards" if len(cards_of(llm)) == 2 else "one card",
+        "overlap": llm.config.overlap,
         "attention_backend": llm.decode_runner.model.attention.name,
         "dtype": str(llm.decode_runner.model.dtype).removeprefix("torch."),
+        "devices": [device_name(runner.device) for runner in cards_of(llm)],
         "versions": versions(),
         "commit": commit(),
     }
+
+
+def cards_of(llm: LLM) -> list[Any]:
+    return list(dict.fromkeys((llm.prefill_runner, llm.decode_runner)))
 
 
 def percentiles_ms(seconds: Sequence[float]) -> dict[str, float | None]:
