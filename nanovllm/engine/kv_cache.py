@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from nanovllm.layers.host import to_device
+from nanovllm.engine.block_copies import Lane, PeerWay, PinnedStaging, copy_by_engines, copy_run, merge_runs
 from nanovllm.models.model_config import ModelConfig
 
-# A copy engine needs large pieces to fill the link (NVLink: 282 of 396 GB/s at 16 MiB, 77 at 1 MiB): where
-# the mean run is shorter, gathering first is faster.
-MIN_RUN_BYTES = 16 << 20
-# Bounds the memory that gathering takes on each card, next to a pool that fills it.
-MAX_STAGING_BYTES = 256 << 20
+# How blocks go to a card whose memory this one reaches: by measurement while prefill runs on the card they leave
+# (tools/bench_copies.py; the table is in docs/benchmarks.md): 64 blocks of 9 MiB at 331 GB/s, while GEMMs lose 17 % of
+# their rate; one kernel, which waits for SMs, at 238 GB/s and 29 %.
+COPY_WAY = PeerWay("engines", streams=4)
+# A copy costs some 15 µs of host time, so engines cannot fill the link with blocks smaller than this; one kernel can.
+MIN_ENGINE_BLOCK_BYTES = 1 << 20
+SMALL_BLOCK_WAY = PeerWay("push")
+RATE_BLOCKS = 64  # copied to measure a link's rate
 
 
 class CopyHandle:
-    """A copy in flight, or done. `num_bytes`: what it moves. `event`: its end on CUDA, None on a CPU."""
+    """A copy in flight, or done. `num_bytes`: what it moves. `start` and `event`: timing events of the card it leaves,
+    behind what the copy waited for and at its end; None on a CPU."""
 
     def __init__(
         self,
@@ -30,7 +36,7 @@ class CopyHandle:
     ) -> None:
         self.num_bytes = num_bytes
         self._cpu_seconds = cpu_seconds
-        self._start = start
+        self.start = start
         self.event = event
 
     def done(self) -> bool:
@@ -45,9 +51,9 @@ class CopyHandle:
     @property
     def seconds(self) -> float | None:
         """Time the copy itself took, without what it waited for; None until it is done."""
-        if self.event is None or self._start is None:
+        if self.event is None or self.start is None:
             return self._cpu_seconds
-        return self._start.elapsed_time(self.event) / 1e3 if self.done() else None
+        return self.start.elapsed_time(self.event) / 1e3 if self.done() else None
 
 
 class KVCache:
@@ -72,17 +78,39 @@ class KVCache:
         block_shape = (model_config.num_hidden_layers, 2, block_size, heads, head_dim)
         self.pages = torch.zeros(num_blocks + null_blocks, *block_shape, dtype=dtype, device=device)
         self.device = self.pages.device  # with its index, also where the caller said only "cuda"
+        self.blocks = self.pages.unbind(0)  # a view each
         self.block_bytes = self.pages[0].nbytes
-        self._arrivals: torch.cuda.Stream | None = None
+        self.peer_way = COPY_WAY if self.block_bytes >= MIN_ENGINE_BLOCK_BYTES else SMALL_BLOCK_WAY
         self._peer: bool | None = None  # not asked yet
+        self._staging: PinnedStaging | None = None  # made when first needed
+        self._departures: list[torch.cuda.Stream] = []
+        self._arrivals: list[torch.cuda.Stream] = []
         if self.device.type == "cuda":
-            self._arrivals = torch.cuda.Stream(self.device)  # our own: no compute stream waits for a copy
+            self._departures, self._arrivals = self._copy_streams(), self._copy_streams()
             torch.cuda.synchronize(self.device)  # the pages are cleared before any other stream writes them
 
     def layer_view(self, layer: int) -> tuple[Tensor, Tensor]:
         """(k_pages, v_pages) of one layer: strided views [blocks, block_size, kv_heads, head_dim]."""
         return self.pages[:, layer, 0], self.pages[:, layer, 1]
 
+    def _copy_streams(self) -> list[torch.cuda.Stream]:
+        """Our own, so that no compute stream waits for a copy. Not of the default priority: torch hands streams out
+        again after 32 of a priority, and the compute streams are of that one."""
+        streams = [torch.cuda.Stream(self.device, priority=-1) for _ in range(COPY_WAY.streams)]
+        for stream in streams:
+            self.pages.record_stream(stream)
+        return streams
+
+    def copy_way(self, other: KVCache) -> Literal["host", "engines", "push", "staged"]:
+        """How blocks go from here to `other`: on the host; by copy engines; by a kernel that writes straight into the
+        other's memory; staged in pinned memory, where the cards cannot reach each other's."""
+        if self.device.type != "cuda":
+            return "host"
+        if self.device == other.device:
+            return "push"
+        return self.peer_way.name if self._reaches(other) else "staged"
+
+    @torch.inference_mode()
     def mirror_to(
         self,
         other: KVCache,
@@ -102,7 +130,8 @@ class KVCache:
             assert stream is not None and stream.device == self.device, f"{stream} is not of {self.device}"
             return self._mirror_on_stream(other, block_pairs, stream, after)
         started = time.perf_counter()
-        self._copy(other, block_pairs)
+        for run in merge_runs(block_pairs):
+            copy_run(self.pages, other.pages, run)
         return CopyHandle(len(block_pairs) * self.block_bytes, time.perf_counter() - started)
 
     def _mirror_on_stream(
@@ -113,60 +142,39 @@ class KVCache:
         after: Sequence[torch.cuda.Event],
     ) -> CopyHandle:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        # A peer copy is ordered with the current streams of both cards: over there, make that our own one.
-        arrivals = stream if other.device == self.device else other._arrivals
-        assert arrivals is not None
         for event in after:
             stream.wait_event(event)
-        with torch.cuda.stream(arrivals), torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):
             start.record(stream)
-            self._copy(other, block_pairs, arrivals)
-            stream.wait_stream(arrivals)
+            self._send(other, block_pairs, stream)
             end.record(stream)
         self.pages.record_stream(stream)
-        other.pages.record_stream(arrivals)
         return CopyHandle(len(block_pairs) * self.block_bytes, start=start, event=end)
 
-    def _copy(
-        self,
-        other: KVCache,
-        block_pairs: Sequence[tuple[int, int]],
-        arrivals: torch.cuda.Stream | None = None,
-    ) -> None:
-        """Contiguous runs one by one where they are long; else one kernel that pushes over the link, or, where the
-        cards cannot reach each other's memory, gather, transfer, and scatter on `arrivals`."""
-        runs = merge_runs(block_pairs)
-        if len(runs) == 1 or len(block_pairs) * self.block_bytes >= len(runs) * MIN_RUN_BYTES:
-            for src, dst, length in runs:
-                other.pages[dst : dst + length].copy_(self.pages[src : src + length], non_blocking=True)
-            return
-        if self._reaches(other):
+    def _send(self, other: KVCache, block_pairs: Sequence[tuple[int, int]], stream: torch.cuda.Stream) -> None:
+        """Queue the copy between what `stream`, the current one, holds and what comes next on it."""
+        way = self.copy_way(other)
+        if way == "engines":
+            lanes = [Lane(*pair) for pair in zip(self._departures, other._arrivals, strict=True)]
+            count = self.peer_way.streams
+            assert 0 < count <= len(lanes), f"{count} streams of {len(lanes)}"
+            copy_by_engines(self.blocks, other.blocks, block_pairs, lanes[:count], stream)
+        elif way == "push":
             from nanovllm.kernels.push_blocks import push_blocks  # here: a CPU build of torch has no Triton
 
-            push_blocks(self.pages, other.pages, block_pairs)
-            return
-        piece = max(1, MAX_STAGING_BYTES // self.block_bytes)
-        for begin in range(0, len(block_pairs), piece):
-            self._copy_gathered(other, block_pairs[begin : begin + piece], arrivals)
+            push_blocks(self.pages, other.pages, block_pairs, self.peer_way.programs)
+            other._arrivals[0].wait_stream(stream)  # so that the other's memory outlives the kernel
+        else:
+            if self._staging is None:
+                self._staging = PinnedStaging(self.pages)
+            self._staging.copy(self.pages, other.pages, block_pairs, stream, other._arrivals[0])
 
     def _reaches(self, other: KVCache) -> bool:
-        """Whether a kernel of this card may write the other's memory."""
-        if self.device.type != "cuda" or self.device == other.device:
-            return self.device.type == "cuda"
+        """Whether this card may write the memory of `other`, on another card."""
         if self._peer is None:
             self._peer = torch.cuda.can_device_access_peer(self.device, other.device)
             torch.zeros(1, device=self.device).to(other.device)  # torch enables the access with its first copy
         return self._peer
-
-    def _copy_gathered(
-        self, other: KVCache, block_pairs: Sequence[tuple[int, int]], arrivals: torch.cuda.Stream | None
-    ) -> None:
-        """Each staging tensor is made, used and freed on its card's current stream, as allocators need."""
-        sources, targets = zip(*block_pairs, strict=True)
-        gathered = self.pages.index_select(0, to_device(sources, torch.int64, self.device))
-        arrived = gathered.to(other.device, non_blocking=True)
-        with torch.cuda.stream(arrivals):
-            other.pages.index_copy_(0, to_device(targets, torch.int64, other.device), arrived)
 
     def _check_pairs(self, other: KVCache, block_pairs: Sequence[tuple[int, int]]) -> None:
         assert other.pages.shape[1:] == self.pages.shape[1:] and other.pages.dtype == self.pages.dtype
@@ -179,12 +187,27 @@ class KVCache:
         assert other is not self or sources.isdisjoint(targets), "source and target blocks overlap"
 
 
-def merge_runs(block_pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """(first source, first target, length) of the maximal runs where both ids count up together."""
-    runs: list[tuple[int, int, int]] = []
-    for src, dst in sorted(block_pairs):
-        if runs and (src, dst) == (runs[-1][0] + runs[-1][2], runs[-1][1] + runs[-1][2]):
-            runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
-        else:
-            runs.append((src, dst, 1))
-    return runs
+def measure_rate(source: KVCache, target: KVCache, stream: torch.cuda.Stream | None = None) -> float:
+    """GB/s of a copy of up to 64 blocks from `source` to `target`, no two of them neighbours: the median of three.
+
+    Overwrites the first blocks of both and leaves them cleared: only before any block holds anything. `stream`: of
+    the source's card, None on a CPU. Waits for the cards.
+    """
+    assert source is not target
+    count = min(RATE_BLOCKS, source.num_blocks, target.num_blocks)
+    pairs = [(i, count - 1 - i) for i in range(count)]
+    source.pages[:count].normal_()
+    _synchronize(source)
+    handles = []
+    for _ in range(1 + 3):  # the first is not counted: it may make buffers
+        handles.append(source.mirror_to(target, pairs, stream))
+        handles[-1].wait()
+    for cache in (source, target):
+        cache.pages[:count].zero_()
+        _synchronize(cache)
+    return statistics.median(handle.num_bytes / max(handle.seconds or 0.0, 1e-9) for handle in handles[1:]) / 1e9
+
+
+def _synchronize(cache: KVCache) -> None:
+    if cache.device.type == "cuda":  # only what was queued here: another engine may be busy on this card
+        torch.cuda.current_stream(cache.device).synchronize()

@@ -39,12 +39,14 @@ def _push_kernel(
         tl.store(target_ptr + target + at, values, mask=at < BLOCK_WORDS)
 
 
-def push_blocks(source: Tensor, target: Tensor, block_pairs: Sequence[tuple[int, int]]) -> None:
+def push_blocks(
+    source: Tensor, target: Tensor, block_pairs: Sequence[tuple[int, int]], programs: int = PROGRAMS
+) -> None:
     """Queue the copy of whole blocks on the current stream of `source`'s card.
 
     source, target: contiguous, equal in dtype and shape but for the first dimension, which counts blocks; a block is
     a multiple of 4 bytes. `target` may lie on a peer card to which access is enabled (a torch copy does that).
-    block_pairs: (block of source, block of target), disjoint if both are one tensor.
+    block_pairs: (block of source, block of target), disjoint if both are one tensor. programs: how many share the work.
     """
     assert source.is_contiguous() and target.is_contiguous() and source[0].nbytes % 4 == 0
     block_words = source[0].nbytes // 4
@@ -52,7 +54,7 @@ def push_blocks(source: Tensor, target: Tensor, block_pairs: Sequence[tuple[int,
     with torch.cuda.device_of(source):
         pairs = to_device(block_pairs, torch.int32, source.device)
         num_pieces = len(block_pairs) * pieces
-        _push_kernel[(min(PROGRAMS, num_pieces),)](
+        _push_kernel[(min(programs, num_pieces),)](
             target.view(torch.int32),
             source.view(torch.int32),
             pairs,
