@@ -27,6 +27,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_PATTERNS = ["*.json", "*.safetensors", "merges.txt", "*.jinja"]
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOAD_FORMATS = ("auto", "dummy")
+STAGING_BYTES = 64 << 20  # of each pinned buffer: long enough to hide what a copy costs, short to pin
 
 
 def resolve_model(model: str, revision: str | None = None) -> Path:
@@ -118,12 +119,14 @@ def _shard_names(index: Path) -> list[str]:
 
 def _fill_from_files(model: Qwen3ForCausalLM, files: list[Path]) -> None:
     slots = model.checkpoint_slots()
+    write = StagedCopies(model.device).write if model.device.type == "cuda" else Tensor.copy_
     loaded: set[str] = set()
     for path in files:
         for name, tensor in _read_tensors(path, slots):
             if name in loaded:
                 raise ValueError(f"{path}: tensor {name} is in two files")
-            _fill_slot(path, name, slots[name], tensor)
+            _check_tensor(path, name, slots[name], tensor)
+            write(slots[name], tensor)
             loaded.add(name)
     if missing := sorted(set(slots) - loaded):
         raise ValueError(f"{files[0].parent}: tensor(s) missing from the checkpoint: {_listed(missing)}")
@@ -131,7 +134,7 @@ def _fill_from_files(model: Qwen3ForCausalLM, files: list[Path]) -> None:
 
 
 def _read_tensors(path: Path, slots: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of one file that the model wants, one at a time."""
+    """The tensors of one file that the model wants, one at a time: views of the mapped file, read when copied."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             names = [name for name in file.keys() if not _is_ignorable(name, slots)]  # noqa: SIM118 (not a dict)
@@ -148,12 +151,42 @@ def _is_ignorable(name: str, slots: dict[str, Tensor]) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in slots)
 
 
-def _fill_slot(path: Path, name: str, slot: Tensor, tensor: Tensor) -> None:
+def _check_tensor(path: Path, name: str, slot: Tensor, tensor: Tensor) -> None:
     if tensor.shape != slot.shape:
         raise ValueError(f"{path}: tensor {name} has shape {list(tensor.shape)}, expected {list(slot.shape)}")
     if tensor.dtype not in WEIGHT_DTYPES:
         raise ValueError(f"{path}: tensor {name} is of dtype {tensor.dtype}, expected one of {WEIGHT_DTYPES}")
-    slot.copy_(tensor)
+
+
+class StagedCopies:
+    """Host tensors into a card's memory through two pinned buffers, of `STAGING_BYTES` each, in turn.
+
+    While one buffer is on its way, torch's CPU threads read the file's pages into the other one, and cast them: a
+    copy straight from the mapped file would do all of it on one thread, one step after the other. Copies are
+    queued on the device's current stream: complete once the device is synchronised.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            self._buffers = [torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._left = [torch.cuda.Event() for _ in self._buffers]  # when a buffer's last contents have left it
+        self._turn = 0
+
+    def write(self, target: Tensor, source: Tensor) -> None:
+        """target.copy_(source), in pieces: `target` contiguous on the card, `source` of its shape on the host."""
+        elements = self._buffers[0].nbytes // target.itemsize
+        with torch.cuda.device(self._device):
+            for piece, values in zip(target.view(-1).split(elements), source.view(-1).split(elements), strict=True):
+                self._send(piece, values)
+
+    def _send(self, target: Tensor, source: Tensor) -> None:
+        buffer, left = self._buffers[self._turn], self._left[self._turn]
+        left.synchronize()  # returns at once for an event that was never recorded
+        staged = buffer.view(target.dtype)[: target.numel()].copy_(source)
+        target.copy_(staged, non_blocking=True)
+        left.record()
+        self._turn = 1 - self._turn
 
 
 def _listed(names: list[str]) -> str:

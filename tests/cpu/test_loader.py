@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nanovllm.models.loader import load_model, resolve_model
+from nanovllm.models import loader
+from nanovllm.models.loader import StagedCopies, load_model, resolve_model
 from nanovllm.models.model_config import ModelConfig, YarnScaling, load_model_config
 from tests.cpu.model_helpers import edit_json, edited_tensors, load_tiny, make_checkpoint, publish_style
 
@@ -289,6 +292,66 @@ def test_index_may_not_name_files_elsewhere(shard: Any, tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(edit_json_index))
     with pytest.raises(ValueError, match="a shard must be"):
         load_tiny(folder)
+
+
+# --- the way into a GPU's memory, on a card that copies as late as it may -------------------------------------------
+
+
+class LateCard:
+    """Stands for CUDA: `non_blocking` copies are queued, and happen when an event behind them is waited for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.queue: list[Callable[[], object]] = []
+        self.num_queued = 0
+        empty, self.copy_now = torch.empty, torch.Tensor.copy_
+        monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **options: empty(*size, **options))
+        monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+        monkeypatch.setattr(torch.cuda, "Event", lambda: LateEvent(self))
+        monkeypatch.setattr(torch.Tensor, "copy_", lambda *args, **options: self.copy(*args, **options))
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        if not non_blocking:
+            return self.copy_now(target, source)
+        self.queue.append(lambda: self.copy_now(target, source))
+        self.num_queued += 1
+        return target
+
+    def run(self, count: int) -> None:
+        for copy in self.queue[:count]:
+            copy()
+        del self.queue[:count]
+
+
+class LateEvent:
+    def __init__(self, card: LateCard) -> None:
+        self.card, self.position = card, 0
+
+    def record(self) -> None:
+        self.position = self.card.num_queued
+
+    def synchronize(self) -> None:
+        done = self.card.num_queued - len(self.card.queue)
+        self.card.run(self.position - done)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_staged_copies_overwrite_no_buffer_that_is_on_its_way(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = make_checkpoint(tmp_path).state_dict()
+    _, model = load_tiny(tmp_path, dtype=dtype)
+    slots = model.checkpoint_slots()
+    for parameter in model.parameters():
+        parameter.fill_(float("nan"))
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "STAGING_BYTES", 1000)  # no tensor is a multiple of it, most need several pieces
+        card = LateCard(patch)
+        copies = StagedCopies(torch.device("cpu"))
+        for name, slot in slots.items():
+            copies.write(slot, expected[name])
+        assert card.num_queued > 2 * len(slots) and 0 < len(card.queue) <= 2
+        card.run(len(card.queue))
+    assert all(torch.equal(slots[name], expected[name].to(dtype)) for name in slots)
 
 
 # --- dummy weights and names -------------------------------------------------------------------------------------
