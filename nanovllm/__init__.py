@@ -6,6 +6,7 @@ importable without torch.
 
 from __future__ import annotations
 
+import time
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput, StreamOutput
     from nanovllm.sampling_params import SamplingParams
 
+IMPORT_STARTED_S = time.perf_counter()  # `LLM.startup` counts from here
 __version__ = "0.1.0"
 DEMO_MODEL = str(Path(__file__).parent / "demo")  # a small trained Qwen3 checkpoint inside the package
 

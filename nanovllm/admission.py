@@ -65,10 +65,10 @@ def check_token_ids(ids: Any, limits: Limits) -> list[int]:
     """A private list of plain ints in [0, vocabulary)."""
     if not _has_items(ids):
         raise ValueError(f"a prompt must be a string or a list of token ids, got {ids!r}")
-    checked = [_token_id(token) for token in ids]
+    checked = list(ids) if set(map(type, ids)) == {int} else [_token_id(token) for token in ids]
     if not checked:
         raise ValueError("the prompt is empty: it has 0 tokens, at least 1 is needed")
-    for token in checked:
+    for token in (min(checked), max(checked)):
         if not 0 <= token < limits.vocab_size:
             raise ValueError(
                 f"token id {token} is outside the vocabulary of {limits.vocab_size} ids (0 … {limits.vocab_size - 1})"

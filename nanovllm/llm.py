@@ -11,19 +11,22 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from tqdm import tqdm
 
+from nanovllm import IMPORT_STARTED_S
 from nanovllm.admission import Limits, Prompt, as_params, as_prompts, check_request, check_token_ids
 from nanovllm.config import Config
-from nanovllm.engine.cards import build_runners, resolve_devices
+from nanovllm.engine.cards import STARTUP_PARTS, build_runners, resolve_devices, timed
 from nanovllm.engine.detokenizer import IncrementalDetokenizer, StopWatcher
 from nanovllm.engine.executor import InlineExecutor, ThreadedExecutor
 from nanovllm.engine.llm_engine import LLMEngine, OutputQueue
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Request
+from nanovllm.engine.trace import record_trace
 from nanovllm.models.loader import resolve_model
 from nanovllm.models.model_config import load_model_config
 from nanovllm.outputs import RequestOutput, StreamOutput
@@ -33,6 +36,7 @@ from nanovllm.tokenizer import Message, Tokenizer
 logger = logging.getLogger("nanovllm")
 
 SWITCH_INTERVAL_S = 0.0005
+IMPORT_S = time.perf_counter() - IMPORT_STARTED_S  # torch, nearly all of it, unless the program had it already
 
 
 class LLM:
@@ -40,9 +44,15 @@ class LLM:
 
     `model`: a local folder in Hugging Face format, or a hub id. Keywords: see `Config`. Every method may be called
     from any thread. Mistakes raise `ValueError` (`FileNotFoundError` for missing files) before any work.
+
+    `startup`: wall-clock seconds of what came before this object was ready, by part: `import_s` (once a process:
+    from the begin of `import nanovllm` to the end of this file's imports), `tokenizer_s`, `devices_s` (CUDA contexts),
+    `weights_s`, `kv_pool_s`, `compile_s`, `capture_s`, and `total_s`, which also counts what is none of these.
     """
 
     def __init__(self, model: str | os.PathLike[str], **kwargs: Any) -> None:
+        started = time.perf_counter()
+        self.startup = startup = dict.fromkeys(STARTUP_PARTS, 0.0) | {"import_s": IMPORT_S}
         self.config = config = Config.from_kwargs(os.fspath(model) if isinstance(model, os.PathLike) else model, kwargs)
         devices = resolve_devices(config)
         folder = resolve_model(config.model, config.revision)
@@ -50,8 +60,9 @@ class LLM:
         self.max_model_len = min(config.max_model_len, self.model_config.max_context_tokens)
         if self.max_model_len < config.max_model_len:
             logger.info("max_model_len=%d is cut to the model's %d", config.max_model_len, self.max_model_len)
-        self.tokenizer = Tokenizer(folder)
-        runners = build_runners(config, folder, self.model_config, self.max_model_len, devices)
+        with timed(startup, "tokenizer_s"):
+            self.tokenizer = Tokenizer(folder)
+        runners = build_runners(config, folder, self.model_config, self.max_model_len, devices, startup)
         self.prefill_runner: ModelRunner = runners[0]
         self.decode_runner: ModelRunner = runners[-1]
         self._limits = Limits(
@@ -68,6 +79,9 @@ class LLM:
         self._engine = _start_engine(config, runners)
         # Also runs at interpreter exit. The engine's threads hold no reference to this object.
         self._finalizer = weakref.finalize(self, self._engine.close)
+        startup["total_s"] = IMPORT_S + time.perf_counter() - started
+        parts = ", ".join(f"{part.removesuffix('_s')} {startup[part]:.2f}" for part in STARTUP_PARTS)
+        logger.info("ready in %.2f s: %s", startup["total_s"], parts)
 
     # -- whole answers
 
@@ -146,6 +160,15 @@ class LLM:
         """Queue lengths and blocks by card now; since the start: tokens, steps, device seconds and busy share by card,
         copies (blocks, bytes, seconds), evacuations, recomputes, write-backs, pauses, cached tokens."""
         return self._engine.stats()
+
+    def trace(self, path: str | os.PathLike[str]) -> AbstractContextManager[None]:
+        """`with llm.trace("run.json"):` records every step and copy that completes inside, for ui.perfetto.dev.
+
+        Written when the block is left, also by an exception; an existing file is replaced. `ValueError` before the
+        block begins if the path cannot be written or another trace of this engine is on.
+        """
+        runners = dict.fromkeys((self.prefill_runner, self.decode_runner))  # one card plays both roles
+        return record_trace(self._engine, path, [runner.device for runner in runners])
 
     def close(self) -> None:
         """Stop the engine. Callers that still wait get `EngineDeadError`. Safe to call twice."""

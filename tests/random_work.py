@@ -30,15 +30,15 @@ class Work:
     params: list[SamplingParams]
 
     @classmethod
-    def random(cls, seed: int, vocab_size: int) -> Work:
+    def random(cls, seed: int, vocab_size: int, count: int = NUM_REQUESTS) -> Work:
         rng = random.Random(seed)
         stems = [[rng.randrange(3, vocab_size) for _ in range(96)] for _ in range(4)]
         prompts = [
             rng.choice(stems)[: rng.choice([0, 15, 16, 17, 48, 80, 96])]
             + [rng.randrange(3, vocab_size) for _ in range(rng.randrange(1, 20))]
-            for _ in range(NUM_REQUESTS)
+            for _ in range(count)
         ]
-        return cls(prompts, [_params(rng, vocab_size, number) for number in range(NUM_REQUESTS)])
+        return cls(prompts, [_params(rng, vocab_size, number) for number in range(count)])
 
 
 def _params(rng: random.Random, vocab_size: int, number: int) -> SamplingParams:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import permutations
 from pathlib import Path
 
 import torch
 
 from nanovllm.config import Config
-from nanovllm.engine.kv_cache import KVCache
+from nanovllm.engine.kv_cache import KVCache, measure_rate
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.shards import CopyShard
 from nanovllm.layers.attention import make_attention_backend
@@ -21,6 +24,15 @@ logger = logging.getLogger("nanovllm")
 
 CPU_POOL_BYTES = 1 << 30  # at most, for each card in host memory
 ACTIVATION_ROWS = 8  # tensors of the widest layer alive at once in a prefill step, with a margin
+STARTUP_PARTS = ("import_s", "tokenizer_s", "devices_s", "weights_s", "kv_pool_s", "compile_s", "capture_s")
+
+
+@contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Add the block's wall-clock time to `seconds[part]`. The block must wait for what it launches."""
+    started = time.perf_counter()
+    yield
+    seconds[part] += time.perf_counter() - started
 
 
 def resolve_devices(config: Config) -> list[torch.device]:
@@ -51,39 +63,56 @@ def resolve_dtype(config: Config, model_config: ModelConfig, device: torch.devic
 
 
 def build_runners(
-    config: Config, folder: Path, model_config: ModelConfig, max_model_len: int, devices: list[torch.device]
+    config: Config,
+    folder: Path,
+    model_config: ModelConfig,
+    max_model_len: int,
+    devices: list[torch.device],
+    seconds: dict[str, float],
 ) -> list[ModelRunner]:
-    """Load the weights once, hand them from card to card, and give each card its own pool."""
-    ids = [config.prefill_device_id, config.decode_device_id]
+    """Load the weights once, hand them from card to card, and give each card its own pool.
+
+    Adds what each part took to `seconds` (keys: `STARTUP_PARTS`).
+    """
     dtype = resolve_dtype(config, model_config, devices[0])
     attention = make_attention_backend(config.attention_backend, model_config, devices[0], dtype)
-    first = load_model(
-        folder, model_config, attention, dtype, devices[0], max_model_len, config.load_format, seed=config.seed
-    )
-    models = [first, *(first.copy_to(device) for device in devices[1:])]
-    runners = []
-    for card, (model, device) in enumerate(zip(models, devices, strict=True)):
-        num_blocks = count_blocks(config, model_config, max_model_len, model, device, card)
-        cache = KVCache(num_blocks, config.kvcache_block_size, model_config, dtype, device)
-        runners.append(ModelRunner(ids[card], model, cache, config.max_num_seqs, max_model_len))
-        logger.info("card %d: %s, %s, %d blocks of %d tokens", card, device, dtype, num_blocks, cache.block_size)
+    with timed(seconds, "devices_s"):
+        for device in devices:
+            torch.zeros(1, device=device)  # makes its CUDA context: no time of the weights
+    with timed(seconds, "weights_s"):
+        first = load_model(
+            folder, model_config, attention, dtype, devices[0], max_model_len, config.load_format, seed=config.seed
+        )
+        models = [first, *(first.copy_to(device) for device in devices[1:])]
+    with timed(seconds, "kv_pool_s"):
+        runners = [make_runner(config, model, max_model_len, card) for card, model in enumerate(models)]
     if devices[0].type == "cuda":
-        prepare(runners, config)
+        prepare(runners, config, seconds)
     return runners
 
 
-def prepare(runners: list[ModelRunner], config: Config) -> None:
-    """Compile and capture on every card before any worker thread exists: a capture tolerates no other thread."""
-    started = time.perf_counter()
-    for runner in runners:
-        runner.warm_up()
-        warm_copies(runner, runners)
-    compiled = time.perf_counter()
+def make_runner(config: Config, model: Qwen3ForCausalLM, max_model_len: int, card: int) -> ModelRunner:
+    """Card `card` with its KV pool and slots, where its model is."""
+    num_blocks = count_blocks(config, model.config, max_model_len, model, model.device, card)
+    cache = KVCache(num_blocks, config.kvcache_block_size, model.config, model.dtype, model.device)
+    device_id = (config.prefill_device_id, config.decode_device_id)[card]
+    size = f"{num_blocks} blocks of {cache.block_size} tokens"
+    logger.info("card %d: %s, %s, %s", card, model.device, model.dtype, size)
+    return ModelRunner(device_id, model, cache, config.max_num_seqs, max_model_len)
+
+
+def prepare(runners: list[ModelRunner], config: Config, seconds: dict[str, float]) -> None:
+    """Compile and capture on every card before a worker thread of this engine exists; another engine may be busy."""
+    with timed(seconds, "compile_s"):
+        for runner in runners:
+            runner.warm_up()
+            warm_copies(runner, runners)
+        measure_links(runners)
     attention = runners[-1].model.attention.name
+    logger.info("attention: %s", attention)
     if not config.enforce_eager and attention != "torch":  # the torch backend's shapes follow the lengths
-        runners[-1].capture()
-    captured = time.perf_counter() - compiled
-    logger.info("attention: %s; compiled in %.1f s, captured in %.1f s", attention, compiled - started, captured)
+        with timed(seconds, "capture_s"):
+            runners[-1].capture()
 
 
 def warm_copies(runner: ModelRunner, runners: list[ModelRunner]) -> None:
@@ -92,6 +121,13 @@ def warm_copies(runner: ModelRunner, runners: list[ModelRunner]) -> None:
     pairs = ((0, 3), (1, 2))  # not a run, and disjoint
     if min(runner.kv_cache.num_blocks, other.kv_cache.num_blocks) > 3:
         runner.run_copy(CopyShard(0, 0, 0, pairs, 0), other, None).wait()
+
+
+def measure_links(runners: list[ModelRunner]) -> None:
+    """Log how KV blocks get from card to card, and how fast: once, on idle cards, while no block holds anything."""
+    for (i, source), (j, target) in permutations(enumerate(runners), 2):
+        rate = measure_rate(source.kv_cache, target.kv_cache, source.copy_stream)
+        logger.info("card %d → card %d: %s, %.0f GB/s", i, j, source.kv_cache.copy_way(target.kv_cache), rate)
 
 
 def count_blocks(

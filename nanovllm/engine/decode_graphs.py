@@ -1,4 +1,4 @@
-"""CUDA graphs of one card's decode step: the model by bucket, the sampler by (bucket, features).
+"""CUDA graphs of one card's decode step: the model by bucket, the sampler of rows without filters by bucket.
 
 A step runs in the smallest bucket that holds its rows; rows beyond them point to the null slot, whose table is the
 null block. Block tables are always read at their full width, and lengths on the device, so that a graph is right for
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.kv_cache import KVCache
-from nanovllm.engine.slot_state import SlotState
-from nanovllm.layers.sampler import sample
+from nanovllm.engine.slot_state import ALIVE, MIN_TOKENS, SlotState
+from nanovllm.kernels.decode_state import advance, gather_inputs
+from nanovllm.kernels.race import race
+from nanovllm.layers.attention import DecodeMetadata
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import SamplingParams
-
-FEATURES = ("greedy", "random")  # what is captured; steps with filters or penalties sample eagerly
 
 
 def bucket_sizes(max_num_seqs: int) -> list[int]:
@@ -30,16 +30,11 @@ def bucket_sizes(max_num_seqs: int) -> list[int]:
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
-def captured_features(params: Sequence[SamplingParams]) -> str | None:
-    """The captured sampler that serves these rows; None: sample eagerly."""
-    if any(p.has_penalty or p.top_k or p.top_p < 1 or p.min_p or p.min_tokens for p in params):
-        return None
-    return "greedy" if all(p.is_greedy for p in params) else "random"
-
-
 @dataclass
 class DecodeGraphs:
-    """Captured on construction, on the current stream of the card; nothing else may run in the process then.
+    """Captured on construction, on the current stream of the card, with the card's own workers not yet started.
+
+    Other engines of the process may be at work meanwhile, but may not capture or be constructed.
 
     `capture_seconds`: what that took. Replays must be launched on the stream of the capture, one step at a time.
     """
@@ -51,7 +46,7 @@ class DecodeGraphs:
     max_context_tokens: int
     capture_seconds: float = 0.0
     _model_graphs: dict[int, torch.cuda.CUDAGraph] = field(default_factory=dict)
-    _samplers: dict[tuple[int, str], torch.cuda.CUDAGraph] = field(default_factory=dict)
+    _samplers: dict[int, torch.cuda.CUDAGraph] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         device, size = self.slots.device, self.max_num_seqs
@@ -67,25 +62,36 @@ class DecodeGraphs:
         self.capture_seconds = time.perf_counter() - started
 
     def _capture(self, bucket: int, pool: Any) -> None:
-        self._run_model(bucket)  # compiles what is not compiled yet, and warms the libraries' workspaces
-        self._model_graphs[bucket] = graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
-            self._run_model(bucket)
-        for features in FEATURES:
-            self._run_sampler(bucket, features)
-            self._samplers[bucket, features] = graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
-                self._run_sampler(bucket, features)
+        for graphs, run in ((self._model_graphs, self._run_model), (self._samplers, self._run_sampler)):
+            run(bucket)  # compiles what is not compiled yet, and warms the libraries' workspaces
+            graphs[bucket] = graph = torch.cuda.CUDAGraph()
+            with self._capturing(graph, pool):
+                run(bucket)
+
+    def _capturing(self, graph: torch.cuda.CUDAGraph, pool: Any) -> torch.cuda.graph:
+        """On the current stream. thread_local: another engine of this process may allocate and wait meanwhile."""
+        stream = torch.cuda.current_stream()
+        return torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
 
     def _run_model(self, bucket: int) -> None:
-        tokens_B, positions_B, metadata = self.slots.inputs(self.slots_B[:bucket], self.max_context_tokens)
-        self.logits_BV[:bucket] = self.model.forward_decode(tokens_B, positions_B, self.kv_cache, metadata)
+        state, block_size = self.slots, self.kv_cache.block_size
+        tokens_B, positions_B, context_lens_B, mapping_B, tables_BN = gather_inputs(
+            self.slots_B[:bucket], state.integers_S7, state.block_tables_SN, block_size, state.null_block, ALIVE
+        )
+        metadata = DecodeMetadata(context_lens_B, tables_BN, mapping_B, self.max_context_tokens)
+        logits_BV = self.logits_BV[:bucket]
+        self.model.forward_decode(tokens_B, positions_B, self.kv_cache, metadata, out=logits_BV)
 
-    def _run_sampler(self, bucket: int, features: str) -> None:
-        slots_B = self.slots_B[:bucket]
-        batch = self.slots.plain_batch(slots_B, any_random=features == "random")
-        self.token_ids_B[:bucket] = sample(self.logits_BV[:bucket], batch)
-        self.slots.advance(slots_B, self.token_ids_B[:bucket])
+    def _run_sampler(self, bucket: int) -> None:
+        state, slots_B, token_ids_B = self.slots, self.slots_B[:bucket], self.token_ids_B[:bucket]
+        logits_BV, temperature_S = self.logits_BV[:bucket], state.floats_S6[:, 0]
+        seed_S, position_S = state.seed_S, state.position_S
+        race(logits_BV, slots_B, temperature_S, seed_S, position_S, any_random=True, out=token_ids_B)
+        advance(slots_B, token_ids_B, state.integers_S7, state.end_ids_SK, state.null_slot, ALIVE, MIN_TOKENS)
+
+    def can_sample(self, params: Sequence[SamplingParams]) -> bool:
+        """Whether the captured sampler serves these rows: those with filters or penalties are sampled eagerly."""
+        return not any(p.has_penalty or p.top_k or p.top_p < 1 or p.min_p or p.min_tokens for p in params)
 
     def replay_model(self, slots: Sequence[int]) -> tuple[Tensor, int]:
         """Launch the model for these slots; logits [len(slots), vocab], valid until the next replay, and the bucket."""
@@ -95,7 +101,7 @@ class DecodeGraphs:
         self._model_graphs[bucket].replay()
         return self.logits_BV[: len(slots)], bucket
 
-    def replay_sampler(self, num_rows: int, bucket: int, features: str) -> Tensor:
+    def replay_sampler(self, num_rows: int, bucket: int) -> Tensor:
         """Launch the sampler of that bucket, which advances its slots; ids [num_rows], valid until the next replay."""
-        self._samplers[bucket, features].replay()
+        self._samplers[bucket].replay()
         return self.token_ids_B[:num_rows]

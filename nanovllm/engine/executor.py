@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, Protocol
 
@@ -37,12 +38,18 @@ class Runner(Protocol):
 
 @dataclass(slots=True)
 class Job:
-    """A launched shard and, once completed, its result or its error, and the seconds its device was busy with it."""
+    """A launched shard and, once completed, its result or its error, and the seconds its device was busy with it.
+
+    `begin_s`, `end_s`: when its launch was called and returned (`time.perf_counter()`). A job without a device event
+    has run in between; of others the handle's events tell.
+    """
 
     shard: Shard
     after: Job | None = None  # a copy: the launched step that writes its source
     result: StepResult | None = None
     error: BaseException | None = None
+    begin_s: float = 0.0
+    end_s: float = 0.0
     seconds: float = 0.0
     num_bytes: int = 0  # a copy: what it moved
     handle: Handle | None = None
@@ -74,8 +81,15 @@ class Executor(ABC):
         return None  # nothing to stop where there are no workers
 
 
-def launch_on(runners: Mapping[int, Runner], shard: Shard, after: Any = None) -> Handle:
-    """Start `shard` on its card; `after` is the event a copy waits for."""
+def launch_on(runners: Mapping[int, Runner], job: Job, after: Any = None) -> Handle:
+    """Start a job on its card; `after` is the event a copy waits for."""
+    job.begin_s = time.perf_counter()
+    handle = _run_on(runners, job.shard, after)
+    job.end_s = time.perf_counter()
+    return handle
+
+
+def _run_on(runners: Mapping[int, Runner], shard: Shard, after: Any) -> Handle:
     if isinstance(shard, PrefillShard):
         return runners[shard.card].run_prefill(shard)
     if isinstance(shard, DecodeShard):
@@ -83,10 +97,10 @@ def launch_on(runners: Mapping[int, Runner], shard: Shard, after: Any = None) ->
     return runners[shard.src].run_copy(shard, runners[shard.dst], after)
 
 
-def _measure(job: Job, seconds: float) -> None:
-    """Device seconds of a completed job: a copy's handle has measured its own, without what it waited for."""
+def _measure(job: Job) -> None:
+    """Device seconds of a completed job, as its handle measured them; else it ran inside its launch."""
     measured = getattr(job.handle, "seconds", None)
-    job.seconds = seconds if measured is None else measured
+    job.seconds = job.end_s - job.begin_s if measured is None else measured
     job.num_bytes = getattr(job.handle, "num_bytes", 0)
 
 
@@ -100,11 +114,10 @@ class InlineExecutor(Executor):
     def launch(self, shard: Shard) -> None:
         self.num_in_flight += 1
         job = Job(shard)
-        begin = time.perf_counter()
         try:
-            job.handle = launch_on(self._runners, shard)
+            job.handle = launch_on(self._runners, job)
             job.result = job.handle.wait()
-            _measure(job, time.perf_counter() - begin)
+            _measure(job)
         except Exception as error:
             job.error = error
         self._completed.append(job)
@@ -145,14 +158,11 @@ class Worker:
         self._in_flight.put(None)
 
     def _collect_loop(self) -> None:
-        last_end = 0.0
         while (job := self._in_flight.get()) is not None:
-            begin = max(last_end, time.perf_counter())
             try:  # whatever the device raises, also when asked for times, the engine must hear of this job
                 if job.handle is not None and job.error is None:
                     job.result = job.handle.wait()
-                    last_end = time.perf_counter()
-                    _measure(job, job.seconds + last_end - begin)
+                    _measure(job)
             except Exception as error:
                 job.error = error
             if job.after is not None:
@@ -172,7 +182,8 @@ class ThreadedExecutor(Executor):
         self._steps: dict[int, deque[tuple[int, Job]]] = {card: deque() for card in runners}
         # Two cards copy to each other; one card copies only within itself (private tails of n > 1).
         routes = {(src, dst) for src in runners for dst in runners if src != dst or len(runners) == 1}
-        self._cards = {card: Worker(f"card{card}", self._launch_step, self._complete) for card in runners}
+        launch_step = partial(launch_on, runners)
+        self._cards = {card: Worker(f"card{card}", launch_step, self._complete) for card in runners}
         self._links = {
             route: Worker("copy{}to{}".format(*route), self._launch_copy, self._complete) for route in routes
         }
@@ -194,12 +205,6 @@ class ThreadedExecutor(Executor):
         running = [job for step, job in self._steps[shard.src] if step <= shard.after_step and not job.done.is_set()]
         return running[-1] if running else None
 
-    def _launch_step(self, job: Job) -> Handle:
-        begin = time.perf_counter()
-        handle = launch_on(self._runners, job.shard)
-        job.seconds = time.perf_counter() - begin if handle.event is None else 0.0
-        return handle
-
     def _launch_copy(self, job: Job) -> Handle:
         event = None
         if job.after is not None:
@@ -209,7 +214,7 @@ class ThreadedExecutor(Executor):
                 job.after.done.wait()
             if job.after.error is not None:
                 raise RuntimeError(f"the step that writes the source of {job.shard} failed") from job.after.error
-        return launch_on(self._runners, job.shard, event)
+        return launch_on(self._runners, job, event)
 
     def _complete(self, job: Job) -> None:
         self._completed.append(job)

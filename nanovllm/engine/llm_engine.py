@@ -11,16 +11,19 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.config import Config
 from nanovllm.engine.executor import Executor, Job
 from nanovllm.engine.metrics import EngineMetrics
 from nanovllm.engine.scheduler import SampledToken, Scheduler
 from nanovllm.engine.sequence import Request, Sequence
+
+if TYPE_CHECKING:  # it imports torch
+    from nanovllm.engine.trace import TraceRecorder
 
 logger = logging.getLogger("nanovllm")
 
@@ -37,9 +40,9 @@ class OutputQueue:
         self._advanced: dict[Request, None] = {}
         self._error: BaseException | None = None
 
-    def put(self, request: Request) -> None:
+    def put(self, requests: Iterable[Request]) -> None:
         with self._condition:
-            self._advanced[request] = None
+            self._advanced.update(dict.fromkeys(requests))
             self._condition.notify()
 
     def fail(self, error: BaseException) -> None:
@@ -76,6 +79,8 @@ class LLMEngine:
         self._closing = False
         self._error: BaseException | None = None
         self.executor = make_executor(self._wake.set)
+        self.trace: TraceRecorder | None = None
+        self.tracing = threading.Lock()  # held while a trace is on
         self._thread: threading.Thread | None = None
 
     # -- callers' side, any thread
@@ -140,6 +145,7 @@ class LLMEngine:
 
     def step(self) -> bool:
         """One iteration. True if anything happened."""
+        trace, begin_s = self.trace, time.perf_counter()
         messages = self._take_inbox()
         jobs = self.executor.poll()
         for job in jobs:
@@ -147,7 +153,10 @@ class LLMEngine:
         shards = self.scheduler.schedule()
         for shard in shards:
             self.executor.launch(shard)
-        return bool(messages or jobs or shards)
+        happened = bool(messages or jobs or shards)
+        if trace is not None and happened:
+            trace.add_iteration(begin_s, messages, len(jobs), len(shards))
+        return happened
 
     def _run(self) -> None:
         try:
@@ -178,38 +187,46 @@ class LLMEngine:
         if request is not None:
             for sequence in request.sequences:
                 self._finish(sequence, "abort")
-            self._advanced(request)
+            self._advanced([request])
 
     def _collect(self, job: Job) -> None:
         if job.error is not None:
             raise job.error
         sampled = self.scheduler.complete(job.shard, job.result)
         self.metrics.record(job, len(sampled))
+        if (trace := self.trace) is not None:
+            trace.add_job(job, sampled)
+        now_s = time.perf_counter()
         for token in sampled:
-            self._accept(token)
-        for request in {token.sequence.request: None for token in sampled}:
-            self._advanced(request)
+            self._accept(token, now_s)
+        self._advanced({token.sequence.request: None for token in sampled})
 
-    def _accept(self, sampled: SampledToken) -> None:
-        sequence = sampled.sequence
-        sequence.append(sampled.token, sampled.logprobs)
-        reason, stop_reason = stop_of(sequence)
-        if reason is not None:
-            self._finish(sequence, reason, stop_reason)
-        else:
-            sequence.num_settled_outputs = sequence.num_output_tokens
+    def _accept(self, sampled: SampledToken, now_s: float) -> None:
+        sequence, token, logprobs = sampled
+        sequence.append(token, logprobs, now_s)
+        if sequence.may_end_with(token):
+            reason, stop_reason = stop_of(sequence)
+            if reason is not None:
+                self._finish(sequence, reason, stop_reason)
+                return
+        sequence.num_settled_outputs = len(sequence.tokens) - sequence.num_prompt_tokens
 
     def _finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         if sequence.watcher is not None and not sequence.finished:
             sequence.watcher.flush()
         self.scheduler.finish(sequence, reason, stop_reason)
 
-    def _advanced(self, request: Request) -> None:
-        with self._lock:  # its end is in the queue at the moment it stops being unfinished
-            _, queue = self._live[request.request_id]
-            if request.finished:
-                del self._live[request.request_id]
-            queue.put(request)
+    def _advanced(self, requests: Iterable[Request]) -> None:
+        """Tell their queues. A request's end is in its queue at the moment it stops being unfinished."""
+        news: dict[OutputQueue, list[Request]] = {}
+        with self._lock:
+            for request in requests:
+                _, queue = self._live[request.request_id]
+                if request.finished:
+                    del self._live[request.request_id]
+                news.setdefault(queue, []).append(request)
+            for queue, advanced in news.items():
+                queue.put(advanced)
 
     def _check_progress(self) -> None:
         """Nothing happened: then either something is in flight or nothing is left to do."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from nanovllm.engine.decode_graphs import DecodeGraphs, captured_features
 from nanovllm.engine.kv_cache import CopyHandle, KVCache
 from nanovllm.engine.shards import (
     CopyShard,
@@ -27,9 +27,13 @@ from nanovllm.layers.sampler import SamplingBatch, gather_logprobs, sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import SamplingParams
 
+if TYPE_CHECKING:
+    from nanovllm.engine.decode_graphs import DecodeGraphs
+
 
 class StepHandle:
-    """A launched step. `event` marks its end on the card; None on a CPU, where it has ended already."""
+    """A launched step. `start` and `event`, timing events, mark its begin and end on the card; None on a CPU, where it
+    has ended already. What the host still prepares while the card has nothing else to do lies between the two."""
 
     def __init__(
         self,
@@ -40,13 +44,13 @@ class StepHandle:
     ) -> None:
         self._wanted = wanted
         self._host = [_to_host(tensor) for tensor in (token_ids, *logprobs)]
-        self._start = start
+        self.start = start
         self.event = None if start is None else _timed_event()
 
     @property
     def seconds(self) -> float | None:
         """Device time from the step's first kernel to its last; None on a CPU, where the caller's clock tells."""
-        return None if self._start is None or self.event is None else self._start.elapsed_time(self.event) / 1e3
+        return None if self.start is None or self.event is None else self.start.elapsed_time(self.event) / 1e3
 
     def wait(self) -> StepResult:
         """Block until the step has ended; its sampled ids and the logprobs that rows asked for."""
@@ -107,10 +111,9 @@ class ModelRunner:
     def _decode(self, shard: DecodeShard) -> tuple[Tensor, Tensor]:
         """Logits and sampled ids of a step, its slots advanced."""
         params = [p for p in (self.slots.params[slot] for slot in shard.slots) if p is not None]
-        features = captured_features(params) if self.graphs is not None else None
-        if self.graphs is not None and features is not None:
+        if self.graphs is not None and self.graphs.can_sample(params):
             logits, bucket = self.graphs.replay_model(shard.slots)
-            token_ids = self.graphs.replay_sampler(len(shard.slots), bucket, features)
+            token_ids = self.graphs.replay_sampler(len(shard.slots), bucket)
             if self.slots.counts_SV is None:
                 return logits, token_ids
             slots_B = self._int64(shard.slots)
@@ -130,7 +133,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture(self) -> float:
-        """Compile and capture every decode step; nothing else may run in the process. Returns the seconds it took."""
+        """Compile and capture every decode step; nothing else of this engine may run. Returns the seconds it took."""
+        from nanovllm.engine.decode_graphs import DecodeGraphs  # here: a CPU build of torch comes without Triton
+
         with self._on_card():
             slots = self.slots
             self.graphs = DecodeGraphs(self.model, self.kv_cache, slots, len(slots.params), self.max_model_len)
@@ -155,34 +160,27 @@ class ModelRunner:
         starts = [chunk.start for chunk in shard.chunks]
         query_lens = [len(chunk.tokens) for chunk in shard.chunks]
         context_lens = [start + count for start, count in zip(starts, query_lens, strict=True)]
-        positions = [p for start, end in zip(starts, context_lens, strict=True) for p in range(start, end)]
         ends = list(accumulate(query_lens))
         last = [end - 1 for chunk, end in zip(shard.chunks, ends, strict=True) for _ in chunk.samples]
+        tables_SN = torch.tensor(self._padded_tables(shard))
+        positions_T, mapping_T = token_places(starts, query_lens, tables_SN, self.block_size)
         metadata = PrefillMetadata(
             cu_seqlens_q=self._int32([0, *ends]),
             context_lens=self._int32(context_lens),
-            block_tables=self._int32(self._padded_tables(shard)),
-            slot_mapping=self._int64(self._slot_mapping(shard)),
+            block_tables=self._int32(tables_SN),
+            slot_mapping=self._int64(mapping_T),
             max_query_tokens=max(query_lens),
             max_context_tokens=max(context_lens),
             host_query_lens=tuple(query_lens),
             host_context_lens=tuple(context_lens),
         )
         tokens = [token for chunk in shard.chunks for token in chunk.tokens]
-        return self._int64(tokens), self._int64(positions), metadata, self._int64(last)
+        return self._int64(tokens), self._int64(positions_T), metadata, self._int64(last)
 
     def _padded_tables(self, shard: PrefillShard) -> list[list[int]]:
         width = max(len(chunk.block_table) for chunk in shard.chunks)
         null = self.kv_cache.null_block
         return [[*chunk.block_table, *[null] * (width - len(chunk.block_table))] for chunk in shard.chunks]
-
-    def _slot_mapping(self, shard: PrefillShard) -> list[int]:
-        size = self.block_size
-        return [
-            chunk.block_table[p // size] * size + p % size
-            for chunk in shard.chunks
-            for p in range(chunk.start, chunk.start + len(chunk.tokens))
-        ]
 
     def _first_token_batch(self, rows: list[SamplingRow]) -> SamplingBatch:
         return SamplingBatch.from_params(
@@ -226,11 +224,23 @@ class ModelRunner:
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             yield _timed_event()
 
-    def _int32(self, values: list[int] | list[list[int]]) -> Tensor:
+    def _int32(self, values: list[int] | Tensor) -> Tensor:
         return to_device(values, torch.int32, self.device)
 
-    def _int64(self, values: list[int] | tuple[int, ...]) -> Tensor:
+    def _int64(self, values: list[int] | tuple[int, ...] | Tensor) -> Tensor:
         return to_device(values, torch.int64, self.device)
+
+
+def token_places(starts: list[int], query_lens: list[int], tables_SN: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """(positions, slot mapping) of a prefill batch's tokens, int64 [T] on the host: chunk s begins at starts[s].
+
+    By whole tensors: a loop over 16,384 tokens would take longer than a small model's step.
+    """
+    counts_S = torch.tensor(query_lens)
+    rows_T = torch.repeat_interleave(counts_S)
+    offsets_S = torch.tensor(starts) - (counts_S.cumsum(0) - counts_S)  # from an index in the batch to a position
+    positions_T = torch.arange(len(rows_T)) + offsets_S[rows_T]
+    return positions_T, tables_SN[rows_T, positions_T // block_size] * block_size + positions_T % block_size
 
 
 def _timed_event() -> torch.cuda.Event:

@@ -10,7 +10,7 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
@@ -177,18 +177,24 @@ class Scheduler:
         if len(self.launched_decodes) > self.config.steps_ahead:
             return None
         self._fill_slots()
-        stalled = [sequence for sequence in self.running if not self._grow(sequence)]
+        due = [sequence for sequence in self.running if sequence.num_kv_tokens >= sequence.kv_limit_tokens]
+        stalled = [sequence for sequence in due if not self._grow(sequence)]
         if stalled:
             self._make_room(stalled)
-        rows = [sequence for sequence in self.running if self._can_step(sequence)]
-        return self._launch_decode(rows) if rows else None
+        entries: list[SlotEntry] = []
+        new_blocks: list[NewBlock] = []
+        for sequence in due:
+            if sequence.slot is not None and self._can_step(sequence):
+                self._tell_card(sequence, entries, new_blocks)
+        rows = [sequence for sequence in self.running if sequence.num_kv_tokens < sequence.kv_limit_tokens]
+        return self._launch_decode(rows, entries, new_blocks) if rows else None
 
     def _fill_slots(self) -> None:
         self.ready.sort(key=lambda sequence: sequence.order)
         while self.ready and self.free_slots:
             sequence = self.ready.pop(0)
             sequence.slot = self.free_slots.pop()
-            sequence.num_card_blocks = 0
+            sequence.num_card_blocks = sequence.kv_limit_tokens = 0
             sequence.move_to(State.DECODING)
             self.running[sequence] = None
 
@@ -209,30 +215,34 @@ class Scheduler:
         has_block = sequence.num_kv_tokens < len(sequence.lease.tables[self.decode_card]) * self.block_size
         return has_block and sequence.num_planned_outputs < sequence.request.max_tokens
 
-    def _launch_decode(self, rows: list[Sequence]) -> DecodeShard:
+    def _launch_decode(self, rows: list[Sequence], entries: list[SlotEntry], new_blocks: list[NewBlock]) -> DecodeShard:
         step = self.managers[self.decode_card].launch_step()
         self.launched_decodes[step] = rows
-        entries: list[SlotEntry] = []
-        new_blocks: list[NewBlock] = []
-        for sequence in rows:
-            self._tell_card(sequence, entries, new_blocks)
-            sequence.num_kv_tokens += 1
+        slots, longest = [], 0
+        for sequence in rows:  # little for each: it is done for every token
+            slots.append(sequence.slot)
             sequence.num_in_flight += 1
-        slots = tuple([sequence.slot for sequence in rows if sequence.slot is not None])
-        longest = max(sequence.num_kv_tokens for sequence in rows)
-        return DecodeShard(self.decode_card, step, slots, longest, tuple(entries), tuple(new_blocks))
+            sequence.num_kv_tokens = length = sequence.num_kv_tokens + 1
+            if length > longest:
+                longest = length
+        taken = cast(tuple[int, ...], tuple(slots))
+        return DecodeShard(self.decode_card, step, taken, longest, tuple(entries), tuple(new_blocks))
 
     def _tell_card(self, sequence: Sequence, entries: list[SlotEntry], new_blocks: list[NewBlock]) -> None:
-        """Only what the card does not know yet: a sequence that enters its slot, or a block it grew by."""
+        """Only what the card does not know yet: a sequence that enters its slot, or a block it grew by.
+
+        Then it may step until its blocks are full or its last token is planned, and needs no look till then.
+        """
         assert sequence.lease is not None and sequence.slot is not None
         table, known = sequence.lease.tables[self.decode_card], sequence.num_card_blocks
         if known == 0:
-            row = sequence.sampling_row()
-            last = sequence.tokens[-1]
-            entries.append(SlotEntry(sequence.slot, last, sequence.num_kv_tokens, tuple(table), row))
-        elif known < len(table):
+            row, last, end_ids = sequence.sampling_row(), sequence.tokens[-1], tuple(sequence.request.end_ids)
+            entries.append(SlotEntry(sequence.slot, last, sequence.num_kv_tokens, tuple(table), row, end_ids))
+        else:
             new_blocks += [NewBlock(sequence.slot, i, table[i]) for i in range(known, len(table))]
         sequence.num_card_blocks = len(table)
+        last_tokens = sequence.num_prompt_tokens + sequence.request.max_tokens - 1  # the last output has no KV
+        sequence.kv_limit_tokens = min(len(table) * self.block_size, last_tokens)
 
     # -- the decode card is full
 
@@ -328,10 +338,10 @@ class Scheduler:
 
     def _collect(self, rows: list[Sequence], result: StepResult) -> list[SampledToken]:
         sampled = []
-        for i, sequence in enumerate(rows):
+        for i, (sequence, token) in enumerate(zip(rows, result.token_ids, strict=True)):
             sequence.num_in_flight -= 1
-            if not sequence.finished:
-                sampled.append(SampledToken(sequence, result.token_ids[i], result.logprobs_of(i)))
+            if sequence.state is not State.FINISHED:
+                sampled.append(SampledToken(sequence, token, result.logprobs_of(i) if result.logprobs else None))
         return sampled
 
     def _prefilled(self, group: PrefillGroup, end: int) -> list[Sequence]:

@@ -55,6 +55,7 @@ class Sequence:
         self.slot: int | None = None
         self.num_kv_tokens = 0  # positions whose KV is written by steps launched so far
         self.num_card_blocks = 0  # leading entries of its table that its slot on the card knows; 0: not entered
+        self.kv_limit_tokens = 0  # `num_kv_tokens` up to which it steps with the blocks its slot knows
         self.num_in_flight = 0  # sampled tokens launched and not yet collected
         self.block_hashes: list[BlockHash] = []  # of the leading full blocks, as far as they were asked for
         self.num_settled_outputs = 0  # output tokens that no stop rule takes back: what readers may see
@@ -108,14 +109,19 @@ class Sequence:
             self.num_output_tokens,
             tuple(prompt) if penalised else (),
             tuple(outputs) if penalised else (),
-            self.request.banned_ids if params.min_tokens > self.num_output_tokens else (),
+            tuple(sorted(self.request.end_ids)) if params.min_tokens > self.num_output_tokens else (),
         )
 
-    def append(self, token: int, logprobs: TokenLogprobs | None) -> None:
+    def append(self, token: int, logprobs: TokenLogprobs | None, now_s: float) -> None:
         self.tokens.append(token)
-        self.token_times.append(time.perf_counter())
+        self.token_times.append(now_s)
         if logprobs is not None:
             self.logprobs.append(logprobs)
+
+    def may_end_with(self, token: int) -> bool:
+        """Whether the token just appended may end the sequence: what is asked for every token, so it is cheap."""
+        full = len(self.tokens) - self.num_prompt_tokens >= self.request.max_tokens
+        return full or token in self.request.end_ids or self.watcher is not None
 
 
 class Request:
@@ -143,7 +149,7 @@ class Request:
         self.eos_token_ids = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
         self.stop_token_ids = frozenset(params.stop_token_ids or ())
         self.stop_strings = tuple(params.stop or ())
-        self.banned_ids = tuple(sorted(self.eos_token_ids | self.stop_token_ids))  # before min_tokens
+        self.end_ids = frozenset(self.eos_token_ids | self.stop_token_ids)  # banned before min_tokens
         self.hash_seed = hash_seed
         self.timeline = Timeline()
         self.num_cached_tokens = 0
@@ -153,7 +159,10 @@ class Request:
 
     @property
     def finished(self) -> bool:
-        return all(sequence.finish_reason is not None for sequence in self.sequences)
+        for sequence in self.sequences:  # not `all(...)`: it is asked for every token
+            if sequence.finish_reason is None:
+                return False
+        return True
 
 
 class PrefillGroup:

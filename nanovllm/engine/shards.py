@@ -56,13 +56,14 @@ class PrefillShard:
 
 @dataclass(frozen=True, slots=True)
 class SlotEntry:
-    """A sequence enters a slot: its KV covers `num_kv_tokens`, `last_token` comes next."""
+    """A sequence enters a slot: its KV covers `num_kv_tokens`, `last_token` comes next; one of `end_ids` ends it."""
 
     slot: int
     last_token: int
     num_kv_tokens: int
     block_table: tuple[int, ...]
     sampling: SamplingRow
+    end_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,15 @@
 The host sends only what changes (a sequence enters a slot, a table grows); tokens, lengths and output positions
 advance on the card, so that a step can be launched before the previous one's result is known to the host.
 
-Shape suffixes: S slots, B rows of this step, V vocabulary, N blocks a sequence can have.
+A sequence that samples one of its end ids is over on the card at once: steps launched before the host knows of it
+give the row an empty context and let it write to the null block.
+
+Shape suffixes: S slots, B rows of this step, V vocabulary, N blocks a sequence can have, K end ids.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ from nanovllm.layers.attention import DecodeMetadata
 from nanovllm.layers.host import to_device
 from nanovllm.layers.sampler import SamplingBatch, sampling_features, sampling_filters
 from nanovllm.sampling_params import SamplingParams
+
+ALIVE, MIN_TOKENS = 6, 5  # columns of `integers_S7`
+MAX_END_IDS = 128  # every stop id that a request may have, and the checkpoint's eos ids
 
 
 class SlotState:
@@ -33,9 +38,10 @@ class SlotState:
         self.device = device
         self.params: list[SamplingParams | None] = [None] * num_slots
         self.null_slot = num_slots  # where a graph's padding rows point: an empty context, writing to the null block
-        self.integers_S6 = torch.zeros(num_slots + 1, 6, dtype=torch.int64, device=device)  # see _integers
-        self.last_token_S, self.num_kv_tokens_S, self.position_S = self.integers_S6.unbind(1)[:3]
-        self.seed_S, self.top_k_S, self.min_tokens_S = self.integers_S6.unbind(1)[3:]
+        self.integers_S7 = torch.zeros(num_slots + 1, 7, dtype=torch.int64, device=device)  # see _integers
+        self.last_token_S, self.num_kv_tokens_S, self.position_S = self.integers_S7.unbind(1)[:3]
+        self.seed_S, self.top_k_S, self.min_tokens_S, self.alive_S = self.integers_S7.unbind(1)[3:]
+        self.end_ids_SK = torch.full((num_slots + 1, MAX_END_IDS), -1, dtype=torch.int64, device=device)
         self.floats_S6 = torch.zeros(num_slots + 1, 6, dtype=torch.float32, device=device)  # see sampling_floats
         self.block_tables_SN = torch.full((num_slots + 1, max_blocks), null_block, dtype=torch.int32, device=device)
         # [S, V] tables exist only once a request needs them: 0.3 GB each at 512 slots of Qwen3's vocabulary.
@@ -56,10 +62,11 @@ class SlotState:
         slots_B = self._ids([entry.slot for entry in entries])
         width = self.block_tables_SN.shape[1]
         tables = [[*entry.block_table, *[self.null_block] * (width - len(entry.block_table))] for entry in entries]
-        self.integers_S6[slots_B] = to_device([_integers(entry) for entry in entries], torch.int64, self.device)
+        self.integers_S7[slots_B] = to_device([_integers(entry) for entry in entries], torch.int64, self.device)
         floats = [sampling_floats(entry.sampling.params) for entry in entries]
         self.floats_S6[slots_B] = to_device(floats, torch.float32, self.device)
         self.block_tables_SN[slots_B] = to_device(tables, torch.int32, self.device)
+        self.end_ids_SK[slots_B] = to_device([_end_ids(entry) for entry in entries], torch.int64, self.device)
         for entry in entries:
             self.params[entry.slot] = entry.sampling.params
             self._enter_tables(entry.slot, entry.sampling)
@@ -78,35 +85,26 @@ class SlotState:
 
     def inputs(self, slots_B: Tensor, max_context_tokens: int) -> tuple[Tensor, Tensor, DecodeMetadata]:
         """(token ids, positions, metadata) of a step of B rows, none of them longer than `max_context_tokens`."""
-        positions_B = self.num_kv_tokens_S[slots_B]
+        positions_B, alive_B = self.num_kv_tokens_S[slots_B], self.alive_S[slots_B] != 0
         width = -(-max_context_tokens // self.block_size)
         tables_BN = self.block_tables_SN[slots_B, :width]
-        blocks_B = tables_BN.gather(1, (positions_B // self.block_size)[:, None])[:, 0].long()
+        last_B = (positions_B // self.block_size).clamp_(max=width - 1)  # of a row that has ended: any
+        blocks_B = tables_BN.gather(1, last_B[:, None])[:, 0].long()
+        blocks_B = torch.where(alive_B, blocks_B, self.null_block)
         mapping_B = blocks_B * self.block_size + positions_B % self.block_size
-        metadata = DecodeMetadata((positions_B + 1).int(), tables_BN, mapping_B, max_context_tokens)
+        context_lens_B = torch.where(alive_B, positions_B + 1, 0).int()
+        metadata = DecodeMetadata(context_lens_B, tables_BN, mapping_B, max_context_tokens)
         return self.last_token_S[slots_B], positions_B, metadata
 
     def sampling_batch(self, shard: DecodeShard, slots_B: Tensor) -> SamplingBatch:
         """Sampling of a step's rows, read from the slots; features as the host knows them."""
         params = [p for p in (self.params[slot] for slot in shard.slots) if p is not None]
-        plain = self.plain_batch(slots_B, any_random=False)
-        position_B = plain.position
+        temperature, top_p, min_p, presence, frequency, repetition = self.floats_S6[slots_B].unbind(1)
+        position_B = self.position_S[slots_B]
         penalty = any(p.has_penalty for p in params)
         banned = None
         if self.banned_SV is not None and any(p.min_tokens for p in params):
             banned = self.banned_SV[slots_B] & (position_B < self.min_tokens_S[slots_B])[:, None]
-        return replace(
-            plain,
-            # Rows without a penalty may read another request's leftovers here: their factors are neutral.
-            output_counts=self.counts_SV[slots_B] if penalty and self.counts_SV is not None else None,
-            prompt_mask=self.prompt_SV[slots_B] if penalty and self.prompt_SV is not None else None,
-            banned=banned,
-            **sampling_features(params, self.device),
-        )
-
-    def plain_batch(self, slots_B: Tensor, any_random: bool) -> SamplingBatch:
-        """The rows' sampling without filters and penalties; `any_random=False`: greedy."""
-        temperature, top_p, min_p, presence, frequency, repetition = self.floats_S6[slots_B].unbind(1)
         return SamplingBatch(
             temperature=temperature,
             top_k=self.top_k_S[slots_B],
@@ -116,21 +114,23 @@ class SlotState:
             frequency=frequency,
             repetition=repetition,
             seed=self.seed_S[slots_B],
-            position=self.position_S[slots_B],
-            any_random=any_random,
-            any_top_k=False,
-            any_top_p=False,
-            any_min_p=False,
-            any_penalty=False,
-            max_top_k=0,
+            position=position_B,
+            # Rows without a penalty may read another request's leftovers here: their factors are neutral.
+            output_counts=self.counts_SV[slots_B] if penalty and self.counts_SV is not None else None,
+            prompt_mask=self.prompt_SV[slots_B] if penalty and self.prompt_SV is not None else None,
+            banned=banned,
+            **sampling_features(params, self.device),
         )
 
     def advance(self, slots_B: Tensor, token_ids_B: Tensor) -> None:
-        """The step's rows have one more token: in the KV cache the old last one, as last one the sampled."""
-        self.last_token_S[slots_B] = token_ids_B
-        self.num_kv_tokens_S[slots_B] += 1
-        self.position_S[slots_B] += 1
-        self.num_kv_tokens_S[self.null_slot :].zero_()  # stays empty, however often it steps
+        """The living rows have one more token: in the KV cache the old last one, as last one the sampled."""
+        alive_B = self.alive_S[slots_B]
+        self.last_token_S[slots_B] = torch.where(alive_B != 0, token_ids_B, self.last_token_S[slots_B])
+        self.num_kv_tokens_S[slots_B] += alive_B
+        self.position_S[slots_B] += alive_B
+        ended_B = (self.end_ids_SK[slots_B] == token_ids_B[:, None]).any(1)
+        ended_B &= self.position_S[slots_B] >= self.min_tokens_S[slots_B]
+        self.alive_S[slots_B] = torch.where(ended_B, 0, alive_B)
 
     def count(self, slots_B: Tensor, token_ids_B: Tensor) -> None:
         """Count the sampled ids where penalties ask for it. Not in a graph: the table appears in mid-service."""
@@ -154,10 +154,16 @@ def fill_counts(counts_V: Tensor, prompt_V: Tensor, row: SamplingRow) -> None:
 
 
 def _integers(entry: SlotEntry) -> tuple[int, ...]:
-    """last token, tokens in the KV cache, output position, seed, top_k, min_tokens."""
+    """last token, tokens in the KV cache, output position, seed, top_k, min_tokens, alive."""
     row = entry.sampling
     top_k = sampling_filters(row.params)[0]
-    return entry.last_token, entry.num_kv_tokens, row.position, row.seed, top_k, row.params.min_tokens
+    return entry.last_token, entry.num_kv_tokens, row.position, row.seed, top_k, row.params.min_tokens, 1
+
+
+def _end_ids(entry: SlotEntry) -> list[int]:
+    """Padded; none at all if they are too many: then the host alone ends the sequence, a few steps later."""
+    ids = entry.end_ids if len(entry.end_ids) <= MAX_END_IDS else ()
+    return [*ids, *[-1] * (MAX_END_IDS - len(ids))]
 
 
 def sampling_floats(p: SamplingParams) -> tuple[float, ...]:

@@ -22,12 +22,15 @@ class Embedding(nn.Module):
         return {"weight": self.weight}
 
 
-def project_to_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+def project_to_logits(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """float32 logits [rows, vocab_size] of hidden [rows, hidden_size] and weight [vocab_size, hidden_size].
 
     On CUDA the product itself is written in float32: bf16 steps at logits above 16 are 0.125 apart, enough to
-    turn the order of the best tokens. Other devices lack that output type.
+    turn the order of the best tokens. Other devices lack that output type. `out`: where to, None to allocate.
     """
     if hidden.is_cuda and hidden.dtype != torch.float32:
-        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    return F.linear(hidden, weight).float()
+        if out is None:
+            return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
+    logits = F.linear(hidden, weight).float()
+    return logits if out is None else out.copy_(logits)

@@ -168,10 +168,16 @@ class Qwen3ForCausalLM(nn.Module):
         return self.compute_logits(hidden[logits_index], residual[logits_index])
 
     def forward_decode(
-        self, input_ids_B: Tensor, positions_B: Tensor, kv_cache: KVCache, metadata: DecodeMetadata
+        self,
+        input_ids_B: Tensor,
+        positions_B: Tensor,
+        kv_cache: KVCache,
+        metadata: DecodeMetadata,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """One token for each row, int64 [B]; float32 logits [B, vocab_size]. Never waits for the card."""
-        return self.compute_logits(*self._forward_layers(input_ids_B, positions_B, kv_cache, metadata))
+        """One token for each row, int64 [B]; float32 logits [B, vocab_size], in `out` if given. Never waits."""
+        hidden, residual = self._forward_layers(input_ids_B, positions_B, kv_cache, metadata)
+        return self.compute_logits(hidden, residual, out)
 
     def _forward_layers(
         self, input_ids: Tensor, positions: Tensor, kv_cache: KVCache, metadata: AttentionMetadata
@@ -203,10 +209,10 @@ class Qwen3ForCausalLM(nn.Module):
     def _layer(self, layer: int) -> Qwen3DecoderLayer:
         return cast(Qwen3DecoderLayer, self.layers[layer])
 
-    def compute_logits(self, hidden: Tensor, residual: Tensor) -> Tensor:
+    def compute_logits(self, hidden: Tensor, residual: Tensor, out: Tensor | None = None) -> Tensor:
         """Final norm and projection of what the last layer returned; float32 [rows, vocab_size]."""
         x, _ = self.attention.elementwise.add_norm(self.norm, hidden, residual)
-        return project_to_logits(x, self.lm_head.weight)
+        return project_to_logits(x, self.lm_head.weight, out)
 
     def copy_to(self, device: torch.device, attention: AttentionBackend | None = None) -> Qwen3ForCausalLM:
         """The same weights in storage of their own on `device`; complete when it returns.

@@ -64,7 +64,7 @@ class Cards:
     def decode(self, sequence: Sequence, tokens: list[int]) -> None:
         """Append generated tokens; the KV of the last one is not written yet."""
         for token in tokens:
-            sequence.append(token, None)
+            sequence.append(token, None, 0.0)
         sequence.num_kv_tokens = len(sequence.tokens) - 1
         while sequence.num_kv_tokens > len(sequence.lease.tables[self.handoff.decode]) * SIZE:
             sequence.lease.grow(self.handoff.decode)

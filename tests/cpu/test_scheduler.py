@@ -57,7 +57,7 @@ class Plan:
         else:
             num_rows = len(shard.slots) if isinstance(shard, DecodeShard) else shard.num_samples
         for sequence, token, logprobs in self.scheduler.complete(shard, StepResult([7] * num_rows)):
-            sequence.append(token, logprobs)
+            sequence.append(token, logprobs, 0.0)
             if sequence.num_output_tokens == sequence.request.max_tokens:
                 self.scheduler.finish(sequence, "length")
         self.scheduler.check_integrity()

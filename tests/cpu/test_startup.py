@@ -1,0 +1,101 @@
+"""Start-up in parts: `LLM.startup`, its log line, and tools/bench_startup.py from the first byte to the last."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from nanovllm.engine.cards import STARTUP_PARTS, timed
+from tests.cpu.tiny import make_llm, write_config
+
+SCRIPT = Path(__file__).parents[2] / "tools/bench_startup.py"
+SMALL = ["--shape", "demo", "--device", "cpu", "--num-kvcache-blocks", "4", "--max-num-seqs", "2"]
+
+
+def check_parts(startup: dict[str, float]) -> None:
+    parts = [startup[part] for part in STARTUP_PARTS]
+    assert min(parts) >= 0 and sum(parts) <= startup["total_s"]
+    assert startup["import_s"] > 0 and startup["weights_s"] > 0 and startup["kv_pool_s"] > 0
+
+
+@pytest.mark.parametrize("two_cards", [False, True])
+def test_parts_of_startup(two_cards: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        caplog.at_level(logging.INFO, "nanovllm"),
+        make_llm(write_config(tmp_path), enable_two_gpu_pd=two_cards) as llm,
+    ):
+        assert set(llm.startup) == {*STARTUP_PARTS, "total_s"}
+        check_parts(llm.startup)
+        assert llm.startup["compile_s"] == llm.startup["capture_s"] == 0  # nothing to compile for a CPU
+    (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("ready in")]
+    assert re.findall(r"(\w+) \d+\.\d\d", line) == ["in", *(part.removesuffix("_s") for part in STARTUP_PARTS)]
+
+
+def test_parts_add_up_over_cards() -> None:
+    seconds = {"weights_s": 1.0, "capture_s": 0.0}
+    with timed(seconds, "weights_s"):
+        time.sleep(0.001)
+    assert seconds["weights_s"] > 1.0 and seconds["capture_s"] == 0
+
+
+def test_bench_startup_on_a_cpu(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), *SMALL, "--two-gpus", "--tmp-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.strip().rpartition("\n")[2])
+    assert (figures["shape"], figures["shards"], figures["two_gpus"]) == ("demo", 1, True)
+    assert len(figures["devices"]) == 2 and {"dtype", "versions", "commit", "write_s"} <= set(figures)
+    for run in (figures["cold"], figures["warm"]):
+        assert set(run) == {*STARTUP_PARTS, "total_s", "spawn_to_ready_s", "spawn_to_first_token_s"}
+        check_parts(run)
+        assert run["total_s"] < run["spawn_to_ready_s"] < run["spawn_to_first_token_s"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_bench_startup_reports_a_failed_step_and_cleans_up(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), *SMALL, "--max-num-seqs", "-1", "--tmp-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "max_num_seqs=-1" in done.stderr and "error: start failed" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_bench_startup_interrupted_cleans_up(number: signal.Signals, status: int, tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *SMALL, "--tmp-dir", str(tmp_path)])
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("*/model-*.safetensors")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(60) == status
+    assert not list(tmp_path.iterdir())
+
+
+def test_written_shards_are_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import argparse
+
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import bench_startup
+
+    monkeypatch.setattr(bench_startup, "MAX_SHARD_BYTES", 20_000)
+    shards = bench_startup.write_weights(argparse.Namespace(folder=write_config(tmp_path)))["shards"]
+    index: dict[str, Any] = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert shards == len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
+    for path in tmp_path.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            num_bytes = sum(file.get_tensor(name).nbytes for name in names)
+        assert names == {name for name, home in index["weight_map"].items() if home == path.name}
+        assert num_bytes <= 20_000 or len(names) == 1
+    with make_llm(tmp_path, load_format="auto") as llm:
+        assert llm.generate([[1, 2]], use_tqdm=False)[0].finished
