@@ -6,8 +6,7 @@ round in the same places, so that almost every element has the same bits?
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ triton = pytest.importorskip("triton", reason="the kernels are Triton's", exc_ty
 from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store, qk_norm_rope_store_reference  # noqa: E402
 from nanovllm.kernels.rms_norm import add_rms_norm, add_rms_norm_reference  # noqa: E402
 from nanovllm.kernels.silu_mul import silu_mul, silu_mul_reference  # noqa: E402
+from tests.counters import compiles  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)
 EPS = 1e-6
@@ -259,22 +259,6 @@ def test_graph_replays_on_new_inputs(tokens: int) -> None:
         for got, want in zip(results, fresh.run_twin(), strict=True):
             assert_rounds_alike(got, want)
         assert_rounds_alike(static.stored(), fresh.stored())
-
-
-@contextmanager
-def compiles() -> Iterator[list[str]]:
-    """The names of the kernels compiled within the block."""
-    names: list[str] = []
-
-    def note(**kwargs: Any) -> None:
-        names.append(kwargs["repr"])
-
-    before = triton.knobs.runtime.jit_post_compile_hook
-    triton.knobs.runtime.jit_post_compile_hook = note
-    try:
-        yield names
-    finally:
-        triton.knobs.runtime.jit_post_compile_hook = before
 
 
 def test_nothing_is_compiled_after_the_first_batch() -> None:
