@@ -8,10 +8,12 @@
 #   JOBS         test processes; 0: all tests in one, as GPU tests need it that may fill a card
 #   PIP_ARGS     further options of `pip install`
 #   PYTEST_ARGS  further options of pytest
+#   GPU_ARGS     further options of tools/gpu_check.py, as `--only tests,copies` or `--update-baseline`
 PYTHON ?= python3
 TORCH_INDEX ?=
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+GPU_ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -27,17 +29,19 @@ JOBS ?= 0
 CONSTRAINTS :=
 endif
 
-.PHONY: help demo test test-all test-slow lint clean
+.PHONY: help demo test test-all test-slow lint gpu gpu2 clean
 
 help:
 	@echo "make demo      generate text with the shipped checkpoint, over two cards where there are two (or none)"
 	@echo "make test      lint, types and every quick test this machine can run; the others skip with a reason"
 	@echo "make test-all  make test, then the long tests"
 	@echo "make lint      ruff and mypy only"
+	@echo "make gpu       on a GPU box: GPU tests, memory checker on the kernels, benchmarks beside docs/baselines"
+	@echo "make gpu2      the same on two GPUs, with what needs two"
 	@echo "make clean     remove $(VENV), caches and build results"
 	@echo "No GPU, and pip would fetch a CUDA build of torch?"
 	@echo "               make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu"
-	@echo "Variables: PYTHON TORCH_INDEX EXTRAS JOBS PIP_ARGS PYTEST_ARGS (see the top of the Makefile)"
+	@echo "Variables: PYTHON TORCH_INDEX EXTRAS JOBS PIP_ARGS PYTEST_ARGS GPU_ARGS (see the top of the Makefile)"
 
 demo: $(STAMP)
 	$(RUN) example_two_gpu.py
@@ -55,6 +59,13 @@ lint: $(STAMP)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# Logs and results.json in build/gpu and build/gpu2. Fails for wrong results, never for speed.
+gpu: $(STAMP)
+	$(RUN) tools/gpu_check.py --cards 1 $(GPU_ARGS)
+
+gpu2: $(STAMP)
+	$(RUN) tools/gpu_check.py --cards 2 $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -79,9 +79,16 @@ def card_figures(before: Stats, after: Stats, card: int, seconds: float, runner:
 
 
 def copy_figures(before: Stats, after: Stats) -> Stats:
-    """Blocks moved by mirroring, evacuation and write-back; the rate is that of the copies alone."""
+    """Blocks moved, in all and by direction: "0to1" is mirroring and return, "1to0" write-back and evacuation."""
+    routes = after["copies_by_route"]
+    by_route = {name: copied_between(before["copies_by_route"].get(name), routes[name]) for name in routes}
+    return copied_between(before, after) | {"by_route": by_route}
+
+
+def copied_between(before: Stats | None, after: Stats) -> Stats:
+    """The rate is that of the copies alone."""
     names = ("copies", "copied_blocks", "copied_bytes", "copy_seconds")
-    moved = {name: after[name] - before[name] for name in names}
+    moved = {name: after[name] - (before[name] if before else 0) for name in names}
     rate = moved["copied_bytes"] / moved["copy_seconds"] / 1e9 if moved["copy_seconds"] else None
     return moved | {"copy_seconds": round(moved["copy_seconds"], 4), "gb_per_s": rate and round(rate, 3)}
 
@@ -159,5 +166,12 @@ def rate_text(card: Stats, kind: str) -> str:
 
 
 def copy_text(copies: Stats) -> str:
+    text = copied_text(copies)
+    return text + "".join(
+        f"; {name.replace('to', ' to ')}: {copied_text(part)}" for name, part in copies["by_route"].items()
+    )
+
+
+def copied_text(copies: Stats) -> str:
     rate = "" if copies["gb_per_s"] is None else f", {copies['gb_per_s']:.2f} GB/s"
     return f"{copies['copied_blocks']:,} blocks, {copies['copied_bytes'] / 1e6:,.1f} MB{rate}"

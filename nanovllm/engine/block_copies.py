@@ -25,7 +25,7 @@ class PeerWay:
     `programs` of this card's SMs run."""
 
     name: Literal["engines", "push"] = "engines"
-    streams: int = 4
+    streams: int = 2
     programs: int = 64
 
 

@@ -1,4 +1,4 @@
-"""CUDA graphs of one card's decode step: the model by bucket, the sampler of rows without filters by bucket.
+"""CUDA graphs of one card's decode step: the model by bucket, the sampler by bucket and kind of its rows.
 
 A step runs in the smallest bucket that holds its rows; rows beyond them point to the null slot, whose table is the
 null block. Block tables are always read at their full width, and lengths on the device, so that a graph is right for
@@ -8,8 +8,9 @@ every length up to `max_model_len`. All graphs of a card share one memory pool: 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor
 from nanovllm.engine.kv_cache import KVCache
 from nanovllm.engine.slot_state import ALIVE, MIN_TOKENS, SlotState
 from nanovllm.kernels.decode_state import advance, gather_inputs
-from nanovllm.kernels.race import race
 from nanovllm.layers.attention import DecodeMetadata
+from nanovllm.layers.draw import KINDS, SamplerKind, draw, kind_of
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import SamplingParams
 
@@ -46,7 +47,7 @@ class DecodeGraphs:
     max_context_tokens: int
     capture_seconds: float = 0.0
     _model_graphs: dict[int, torch.cuda.CUDAGraph] = field(default_factory=dict)
-    _samplers: dict[int, torch.cuda.CUDAGraph] = field(default_factory=dict)
+    _samplers: dict[tuple[int, SamplerKind], torch.cuda.CUDAGraph] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         device, size = self.slots.device, self.max_num_seqs
@@ -54,6 +55,7 @@ class DecodeGraphs:
         self.slots_B = torch.full((size,), self.slots.null_slot, dtype=torch.int64, device=device)
         self.logits_BV = torch.zeros(size, self.model.config.vocab_size, dtype=torch.float32, device=device)
         self.token_ids_B = torch.zeros(size, dtype=torch.int64, device=device)
+        self.slots.need_seen()
         started = time.perf_counter()
         pool = torch.cuda.graph_pool_handle()
         for bucket in reversed(self.buckets):  # largest first: smaller ones fit into its memory
@@ -62,11 +64,16 @@ class DecodeGraphs:
         self.capture_seconds = time.perf_counter() - started
 
     def _capture(self, bucket: int, pool: Any) -> None:
-        for graphs, run in ((self._model_graphs, self._run_model), (self._samplers, self._run_sampler)):
-            run(bucket)  # compiles what is not compiled yet, and warms the libraries' workspaces
-            graphs[bucket] = graph = torch.cuda.CUDAGraph()
-            with self._capturing(graph, pool):
-                run(bucket)
+        self._model_graphs[bucket] = self._graph_of(partial(self._run_model, bucket), pool)
+        for kind in KINDS:
+            self._samplers[bucket, kind] = self._graph_of(partial(self._run_sampler, bucket, kind), pool)
+
+    def _graph_of(self, run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+        run()  # compiles what is not compiled yet, and warms the libraries' workspaces
+        graph = torch.cuda.CUDAGraph()
+        with self._capturing(graph, pool):
+            run()
+        return graph
 
     def _capturing(self, graph: torch.cuda.CUDAGraph, pool: Any) -> torch.cuda.graph:
         """On the current stream. thread_local: another engine of this process may allocate and wait meanwhile."""
@@ -82,16 +89,10 @@ class DecodeGraphs:
         logits_BV = self.logits_BV[:bucket]
         self.model.forward_decode(tokens_B, positions_B, self.kv_cache, metadata, out=logits_BV)
 
-    def _run_sampler(self, bucket: int) -> None:
+    def _run_sampler(self, bucket: int, kind: SamplerKind) -> None:
         state, slots_B, token_ids_B = self.slots, self.slots_B[:bucket], self.token_ids_B[:bucket]
-        logits_BV, temperature_S = self.logits_BV[:bucket], state.floats_S6[:, 0]
-        seed_S, position_S = state.seed_S, state.position_S
-        race(logits_BV, slots_B, temperature_S, seed_S, position_S, any_random=True, out=token_ids_B)
+        draw(kind, self.logits_BV[:bucket], slots_B, state.floats_S6, state.integers_S7, state.seen_SV, token_ids_B)
         advance(slots_B, token_ids_B, state.integers_S7, state.end_ids_SK, state.null_slot, ALIVE, MIN_TOKENS)
-
-    def can_sample(self, params: Sequence[SamplingParams]) -> bool:
-        """Whether the captured sampler serves these rows: those with filters or penalties are sampled eagerly."""
-        return not any(p.has_penalty or p.top_k or p.top_p < 1 or p.min_p or p.min_tokens for p in params)
 
     def replay_model(self, slots: Sequence[int]) -> tuple[Tensor, int]:
         """Launch the model for these slots; logits [len(slots), vocab], valid until the next replay, and the bucket."""
@@ -101,7 +102,10 @@ class DecodeGraphs:
         self._model_graphs[bucket].replay()
         return self.logits_BV[: len(slots)], bucket
 
-    def replay_sampler(self, num_rows: int, bucket: int) -> Tensor:
-        """Launch the sampler of that bucket, which advances its slots; ids [num_rows], valid until the next replay."""
-        self._samplers[bucket].replay()
-        return self.token_ids_B[:num_rows]
+    def replay_sampler(self, params: Sequence[SamplingParams], bucket: int) -> Tensor:
+        """Launch the bucket's sampler for rows with these parameters, which advances their slots.
+
+        Returns their ids, valid until the next replay. Penalties change the logits of `replay_model`.
+        """
+        self._samplers[bucket, kind_of(params)].replay()
+        return self.token_ids_B[: len(params)]

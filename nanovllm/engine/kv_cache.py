@@ -15,8 +15,9 @@ from nanovllm.models.model_config import ModelConfig
 
 # How blocks go to a card whose memory this one reaches: by measurement while prefill runs on the card they leave
 # (tools/bench_copies.py; the table is in docs/benchmarks.md): 64 blocks of 9 MiB at 331 GB/s, while GEMMs lose 17 % of
-# their rate; one kernel, which waits for SMs, at 238 GB/s and 29 %.
-COPY_WAY = PeerWay("engines", streams=4)
+# their rate, four streams no faster; one kernel, which waits for SMs, at 238 GB/s and 29 %.
+COPY_WAY = PeerWay("engines", streams=2)
+MAX_COPY_STREAMS = 4  # of each card, whatever a cache's `peer_way` takes of them
 # A copy costs some 15 µs of host time, so engines cannot fill the link with blocks smaller than this; one kernel can.
 MIN_ENGINE_BLOCK_BYTES = 1 << 20
 SMALL_BLOCK_WAY = PeerWay("push")
@@ -96,7 +97,7 @@ class KVCache:
     def _copy_streams(self) -> list[torch.cuda.Stream]:
         """Our own, so that no compute stream waits for a copy. Not of the default priority: torch hands streams out
         again after 32 of a priority, and the compute streams are of that one."""
-        streams = [torch.cuda.Stream(self.device, priority=-1) for _ in range(COPY_WAY.streams)]
+        streams = [torch.cuda.Stream(self.device, priority=-1) for _ in range(MAX_COPY_STREAMS)]
         for stream in streams:
             self.pages.record_stream(stream)
         return streams

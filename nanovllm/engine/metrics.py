@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nanovllm.engine.executor import Job
@@ -27,16 +27,30 @@ class CardMetrics:
 
 
 @dataclass(slots=True)
+class CopyMetrics:
+    """Copies of one direction, or of all. Seconds are those of the copies themselves."""
+
+    copies: int = 0
+    copied_blocks: int = 0
+    copied_bytes: int = 0
+    copy_seconds: float = 0.0
+
+    def record(self, job: Job, num_blocks: int) -> None:
+        self.copies += 1
+        self.copied_blocks += num_blocks
+        self.copied_bytes += job.num_bytes
+        self.copy_seconds += job.seconds
+
+
+@dataclass(slots=True)
 class EngineMetrics:
     """Written by the engine thread, read by anyone."""
 
     num_cards: int
     started: float = field(default_factory=time.perf_counter)
     cards: list[CardMetrics] = field(init=False)
-    copies: int = 0
-    copied_blocks: int = 0
-    copied_bytes: int = 0
-    copy_seconds: float = 0.0
+    all_copies: CopyMetrics = field(default_factory=CopyMetrics)
+    copies_by_route: dict[tuple[int, int], CopyMetrics] = field(default_factory=dict)
     sampled_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -60,13 +74,13 @@ class EngineMetrics:
             card.decode_seconds += job.seconds
 
     def _record_copy(self, job: Job, shard: CopyShard) -> None:
-        self.copies += 1
-        self.copied_blocks += len(shard.block_pairs)
-        self.copied_bytes += job.num_bytes
-        self.copy_seconds += job.seconds
+        route = self.copies_by_route.setdefault((shard.src, shard.dst), CopyMetrics())
+        for metrics in (self.all_copies, route):
+            metrics.record(job, len(shard.block_pairs))
 
     def as_dict(self) -> dict[str, Any]:
         uptime = time.perf_counter() - self.started
-        counters = ("copies", "copied_blocks", "copied_bytes", "copy_seconds", "sampled_tokens")
         per_card = {f"card{i}": card.as_dict(uptime) for i, card in enumerate(self.cards)}
-        return {name: getattr(self, name) for name in counters} | per_card
+        routes = {f"{src}to{dst}": asdict(copies) for (src, dst), copies in list(self.copies_by_route.items())}
+        counters = {"sampled_tokens": self.sampled_tokens} | asdict(self.all_copies)
+        return counters | {"copies_by_route": routes} | per_card

@@ -20,10 +20,11 @@ from nanovllm.engine.shards import (
     StepResult,
     TokenLogprobs,
 )
-from nanovllm.engine.slot_state import SlotState, fill_counts
+from nanovllm.engine.slot_state import SlotState, fill_seen
 from nanovllm.layers.attention import PrefillMetadata
 from nanovllm.layers.host import to_device
 from nanovllm.layers.sampler import SamplingBatch, gather_logprobs, sample
+from nanovllm.layers.seen_tokens import unpack
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import SamplingParams
 
@@ -110,26 +111,23 @@ class ModelRunner:
 
     def _decode(self, shard: DecodeShard) -> tuple[Tensor, Tensor]:
         """Logits and sampled ids of a step, its slots advanced."""
+        if self.graphs is None:
+            return self._decode_eagerly(shard)
         params = [p for p in (self.slots.params[slot] for slot in shard.slots) if p is not None]
-        if self.graphs is not None and self.graphs.can_sample(params):
-            logits, bucket = self.graphs.replay_model(shard.slots)
-            token_ids = self.graphs.replay_sampler(len(shard.slots), bucket)
-            if self.slots.counts_SV is None:
-                return logits, token_ids
-            slots_B = self._int64(shard.slots)
-        else:
-            slots_B = self._int64(shard.slots)
-            logits = self._decode_logits(shard, slots_B)
-            token_ids = sample(logits, self.slots.sampling_batch(shard, slots_B))
-            self.slots.advance(slots_B, token_ids)
+        logits, bucket = self.graphs.replay_model(shard.slots)
+        if any(p.logprobs is not None for p in params):
+            logits = logits.clone()  # penalties change them in place, and logprobs are the model's own
+        return logits, self.graphs.replay_sampler(params, bucket)
+
+    def _decode_eagerly(self, shard: DecodeShard) -> tuple[Tensor, Tensor]:
+        """The graphs' plain twin."""
+        slots_B = self._int64(shard.slots)
+        tokens_B, positions_B, metadata = self.slots.inputs(slots_B, shard.max_context_tokens)
+        logits = self.model.forward_decode(tokens_B, positions_B, self.kv_cache, metadata)
+        token_ids = sample(logits, self.slots.sampling_batch(shard, slots_B))
+        self.slots.advance(slots_B, token_ids)
         self.slots.count(slots_B, token_ids)
         return logits, token_ids
-
-    def _decode_logits(self, shard: DecodeShard, slots_B: Tensor) -> Tensor:
-        if self.graphs is not None:
-            return self.graphs.replay_model(shard.slots)[0]
-        tokens_B, positions_B, metadata = self.slots.inputs(slots_B, shard.max_context_tokens)
-        return self.model.forward_decode(tokens_B, positions_B, self.kv_cache, metadata)
 
     @torch.inference_mode()
     def capture(self) -> float:
@@ -142,8 +140,9 @@ class ModelRunner:
         return self.graphs.capture_seconds
 
     def warm_up(self) -> None:
-        """Compile what prefill launches: one short and one long chunk, greedy and random, into the null block."""
-        for count in (1, min(256, self.max_model_len)):
+        """Compile what prefill launches: few tokens, and many, greedy and random, into the null block."""
+        for count in (1, 2, 4, 8, 256):  # few rows have kernels of their own, by powers of two
+            count = min(count, self.max_model_len)
             table = (self.kv_cache.null_block,) * -(-count // self.block_size)
             rows = tuple(SamplingRow(SamplingParams(temperature=t), seed=0, position=0) for t in (0.0, 1.0))
             self.run_prefill(PrefillShard(0, 0, (PrefillChunk((0,) * count, 0, table, rows),))).wait()
@@ -192,19 +191,14 @@ class ModelRunner:
         )
 
     def _vocabulary_tables(self, rows: list[SamplingRow]) -> dict[str, Tensor]:
-        """[rows, vocabulary] tables, only those that some row reads."""
+        """[rows, vocabulary] tables, if some row reads them."""
+        if not any(row.params.has_penalty or row.stop_ids for row in rows):
+            return {}
         shape = len(rows), self.model.config.vocab_size
-        tables: dict[str, Tensor] = {}
-        if any(row.params.has_penalty for row in rows):
-            tables["output_counts"] = torch.zeros(shape, dtype=torch.int32, device=self.device)
-            tables["prompt_mask"] = torch.zeros(shape, dtype=torch.bool, device=self.device)
-            for i, row in enumerate(rows):
-                fill_counts(tables["output_counts"][i], tables["prompt_mask"][i], row)
-        if any(row.stop_ids for row in rows):
-            tables["banned"] = torch.zeros(shape, dtype=torch.bool, device=self.device)
-            for i, row in enumerate(rows):
-                tables["banned"][i, self._int64(row.stop_ids)] = True
-        return tables
+        seen = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        for i, row in enumerate(rows):
+            fill_seen(seen, i, row)
+        return dict(zip(("output_counts", "prompt_mask", "banned"), unpack(seen), strict=True))
 
     # -- small helpers
 

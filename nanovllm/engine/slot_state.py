@@ -20,6 +20,7 @@ from nanovllm.engine.shards import DecodeShard, SamplingRow, SlotEntry
 from nanovllm.layers.attention import DecodeMetadata
 from nanovllm.layers.host import to_device
 from nanovllm.layers.sampler import SamplingBatch, sampling_features, sampling_filters
+from nanovllm.layers.seen_tokens import reset_, unpack
 from nanovllm.sampling_params import SamplingParams
 
 ALIVE, MIN_TOKENS = 6, 5  # columns of `integers_S7`
@@ -38,16 +39,14 @@ class SlotState:
         self.device = device
         self.params: list[SamplingParams | None] = [None] * num_slots
         self.null_slot = num_slots  # where a graph's padding rows point: an empty context, writing to the null block
-        self.integers_S7 = torch.zeros(num_slots + 1, 7, dtype=torch.int64, device=device)  # see _integers
+        self.integers_S7 = torch.zeros(num_slots + 1, 7, dtype=torch.int64, device=device)  # see slot_integers
         self.last_token_S, self.num_kv_tokens_S, self.position_S = self.integers_S7.unbind(1)[:3]
         self.seed_S, self.top_k_S, self.min_tokens_S, self.alive_S = self.integers_S7.unbind(1)[3:]
         self.end_ids_SK = torch.full((num_slots + 1, MAX_END_IDS), -1, dtype=torch.int64, device=device)
         self.floats_S6 = torch.zeros(num_slots + 1, 6, dtype=torch.float32, device=device)  # see sampling_floats
         self.block_tables_SN = torch.full((num_slots + 1, max_blocks), null_block, dtype=torch.int32, device=device)
-        # [S, V] tables exist only once a request needs them: 0.3 GB each at 512 slots of Qwen3's vocabulary.
-        self.counts_SV: Tensor | None = None
-        self.prompt_SV: Tensor | None = None
-        self.banned_SV: Tensor | None = None
+        # Exists only once a request, or a captured graph, needs it: 0.3 GB at 512 slots of Qwen3's vocabulary.
+        self.seen_SV: Tensor | None = None
 
     def apply(self, shard: DecodeShard) -> None:
         """Take in what changed since the last step."""
@@ -62,26 +61,27 @@ class SlotState:
         slots_B = self._ids([entry.slot for entry in entries])
         width = self.block_tables_SN.shape[1]
         tables = [[*entry.block_table, *[self.null_block] * (width - len(entry.block_table))] for entry in entries]
-        self.integers_S7[slots_B] = to_device([_integers(entry) for entry in entries], torch.int64, self.device)
+        integers = [slot_integers(entry.sampling, entry.last_token, entry.num_kv_tokens) for entry in entries]
+        self.integers_S7[slots_B] = to_device(integers, torch.int64, self.device)
         floats = [sampling_floats(entry.sampling.params) for entry in entries]
         self.floats_S6[slots_B] = to_device(floats, torch.float32, self.device)
         self.block_tables_SN[slots_B] = to_device(tables, torch.int32, self.device)
         self.end_ids_SK[slots_B] = to_device([_end_ids(entry) for entry in entries], torch.int64, self.device)
         for entry in entries:
             self.params[entry.slot] = entry.sampling.params
-            self._enter_tables(entry.slot, entry.sampling)
+            self._enter_seen(entry.slot, entry.sampling)
 
-    def _enter_tables(self, slot: int, row: SamplingRow) -> None:
-        if row.params.has_penalty:
-            if self.counts_SV is None or self.prompt_SV is None:
-                self.counts_SV = self._table(torch.int32)
-                self.prompt_SV = self._table(torch.bool)
-            fill_counts(self.counts_SV[slot], self.prompt_SV[slot], row)
-        if row.stop_ids and self.banned_SV is None:
-            self.banned_SV = self._table(torch.bool)
-        if self.banned_SV is not None:  # cleared also for a row that bans nothing: another request's ids may be there
-            self.banned_SV[slot] = False
-            self.banned_SV[slot, self._ids(row.stop_ids)] = True
+    def _enter_seen(self, slot: int, row: SamplingRow) -> None:
+        """Rows of other requests keep what the slot's last owner left: nothing reads it."""
+        if row.params.has_penalty or row.params.min_tokens:
+            fill_seen(self.need_seen(), slot, row)
+
+    def need_seen(self) -> Tensor:
+        """The table of what every slot has seen, made now if it was not yet."""
+        if self.seen_SV is None:
+            shape = len(self.params) + 1, self.vocab_size
+            self.seen_SV = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        return self.seen_SV
 
     def inputs(self, slots_B: Tensor, max_context_tokens: int) -> tuple[Tensor, Tensor, DecodeMetadata]:
         """(token ids, positions, metadata) of a step of B rows, none of them longer than `max_context_tokens`."""
@@ -101,10 +101,11 @@ class SlotState:
         params = [p for p in (self.params[slot] for slot in shard.slots) if p is not None]
         temperature, top_p, min_p, presence, frequency, repetition = self.floats_S6[slots_B].unbind(1)
         position_B = self.position_S[slots_B]
-        penalty = any(p.has_penalty for p in params)
-        banned = None
-        if self.banned_SV is not None and any(p.min_tokens for p in params):
-            banned = self.banned_SV[slots_B] & (position_B < self.min_tokens_S[slots_B])[:, None]
+        counts, prompt, banned = None, None, None
+        if self.seen_SV is not None and any(p.has_penalty or p.min_tokens for p in params):
+            # Rows that are neutral may read another request's leftovers here.
+            counts, prompt, banned = unpack(self.seen_SV[slots_B])
+            banned = banned & (position_B < self.min_tokens_S[slots_B])[:, None]
         return SamplingBatch(
             temperature=temperature,
             top_k=self.top_k_S[slots_B],
@@ -115,9 +116,8 @@ class SlotState:
             repetition=repetition,
             seed=self.seed_S[slots_B],
             position=position_B,
-            # Rows without a penalty may read another request's leftovers here: their factors are neutral.
-            output_counts=self.counts_SV[slots_B] if penalty and self.counts_SV is not None else None,
-            prompt_mask=self.prompt_SV[slots_B] if penalty and self.prompt_SV is not None else None,
+            output_counts=counts,
+            prompt_mask=prompt,
             banned=banned,
             **sampling_features(params, self.device),
         )
@@ -133,31 +133,24 @@ class SlotState:
         self.alive_S[slots_B] = torch.where(ended_B, 0, alive_B)
 
     def count(self, slots_B: Tensor, token_ids_B: Tensor) -> None:
-        """Count the sampled ids where penalties ask for it. Not in a graph: the table appears in mid-service."""
-        if self.counts_SV is not None:
-            self.counts_SV[slots_B, token_ids_B] += 1
-
-    def _table(self, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(len(self.params), self.vocab_size, dtype=dtype, device=self.device)
+        """Count the sampled ids, where any slot's are counted."""
+        if self.seen_SV is not None:
+            self.seen_SV[slots_B, token_ids_B] += 1
 
     def _ids(self, ids: Sequence[int]) -> Tensor:
         return to_device(ids, torch.int64, self.device)
 
 
-def fill_counts(counts_V: Tensor, prompt_V: Tensor, row: SamplingRow) -> None:
-    """Write a row's counts of generated ids and its mask of prompt ids."""
-    counts_V.zero_()
-    prompt_V.zero_()
-    outputs = to_device(row.output_ids, torch.int64, counts_V.device)
-    counts_V.index_add_(0, outputs, torch.ones_like(outputs, dtype=counts_V.dtype))
-    prompt_V[to_device(row.prompt_ids, torch.int64, prompt_V.device)] = True
+def fill_seen(table_SV: Tensor, slot: int, row: SamplingRow) -> None:
+    """Write what a sequence has seen into its row of the table."""
+    kinds = (row.prompt_ids, row.output_ids, row.stop_ids)
+    reset_(table_SV, slot, *(to_device(ids, torch.int64, table_SV.device) for ids in kinds))
 
 
-def _integers(entry: SlotEntry) -> tuple[int, ...]:
+def slot_integers(row: SamplingRow, last_token: int, num_kv_tokens: int) -> tuple[int, ...]:
     """last token, tokens in the KV cache, output position, seed, top_k, min_tokens, alive."""
-    row = entry.sampling
     top_k = sampling_filters(row.params)[0]
-    return entry.last_token, entry.num_kv_tokens, row.position, row.seed, top_k, row.params.min_tokens, 1
+    return last_token, num_kv_tokens, row.position, row.seed, top_k, row.params.min_tokens, 1
 
 
 def _end_ids(entry: SlotEntry) -> list[int]:

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.launch import has_pdl, wait_for_predecessor
+
 MIN_DOT_ROWS = 16  # tl.dot's smallest tile; smaller groups are padded, their KV loads hide the arithmetic
 PROGRAMS_PER_SM = 2  # resident at once: enough KV bytes in flight to fill the memory bus
 MIN_SPLIT_TOKENS = 128  # below this a split costs more in partial results than it gains
@@ -96,9 +98,11 @@ def _decode_kernel(
     TILE: tl.constexpr,
     MIN_TOKENS: tl.constexpr,
     SPLIT: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """Grid (K, B, splits). Writes split s of row b to out[s, b] and, if SPLIT, its base-2 log-sum-exp to lse[s, b]."""
     kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    wait_for_predecessor(PDL)
     context = tl.load(context_lens_ptr + row)
     begin, end = _split_range(context, split, tl.num_programs(2), TILE, MIN_TOKENS)
     table_ptr = tables_ptr + row.to(tl.int64) * table_row_blocks
@@ -149,10 +153,12 @@ def _combine_kernel(
     num_splits: tl.tensor,
     HEAD_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """Grid (B · H). out[r] = sum over s of parts[s, r] · softmax over s of lse[s, r]; all splits empty gives 0."""
     row, num_rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     splits = tl.arange(0, SPLITS)
+    wait_for_predecessor(PDL)
     dims = tl.arange(0, HEAD_DIM)
     lse = tl.load(lse_ptr + splits * num_rows + row, mask=splits < num_splits, other=float("-inf"))
     top = tl.max(lse, 0)
@@ -201,7 +207,7 @@ def paged_decode(
     if num_splits > 1:
         parts = torch.empty(num_splits, *q.shape, dtype=torch.float32, device=q.device)
         lse = torch.empty(parts.shape[:-1], dtype=torch.float32, device=q.device)
-    group = num_heads // num_kv_heads
+    group, pdl = num_heads // num_kv_heads, has_pdl(q.device)
     with torch.cuda.device_of(q):
         _decode_kernel[(num_kv_heads, num_rows, num_splits)](
             parts,
@@ -224,8 +230,10 @@ def paged_decode(
             TILE=tiles.tile_tokens,
             MIN_TOKENS=triton.cdiv(min_split_tokens, tiles.tile_tokens) * tiles.tile_tokens,
             SPLIT=num_splits > 1,
+            PDL=pdl,
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
+            launch_pdl=pdl,
         )
         if num_splits > 1:
             _combine_kernel[(num_rows * num_heads,)](
@@ -235,7 +243,9 @@ def paged_decode(
                 num_splits,
                 HEAD_DIM=head_dim,
                 SPLITS=triton.next_power_of_2(num_splits),
+                PDL=pdl,
                 num_warps=4,
+                launch_pdl=pdl,
             )
     return out
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.launch import has_pdl, wait_for_predecessor
 from nanovllm.kernels.rms_norm import rms_norm_reference
 
 
@@ -91,6 +92,7 @@ def _qk_norm_rope_store_kernel(
     HEAD_STRIDE: tl.constexpr,
     QUERY_TILE: tl.constexpr,
     KV_TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One program: QUERY_TILE query heads of a token, or KV_TILE of its key heads and the same value heads.
 
@@ -101,6 +103,7 @@ def _qk_norm_rope_store_kernel(
     program = tl.program_id(0)
     tile = program % TILES
     token = (program // TILES).to(tl.int64)
+    wait_for_predecessor(PDL)
     qkv_ptr += token * ((QUERY_HEADS + 2 * KV_HEADS) * HEAD_DIM)
     position = tl.load(positions_ptr + token)
     # Names differ between the branches: what both assign would have to be of one shape.
@@ -160,7 +163,7 @@ def qk_norm_rope_store(
     assert cos_sin.shape[1] == D and cos_sin.is_contiguous() and cos_sin.dtype == torch.float32
     assert positions.shape == slot_mapping.shape == (T,) and positions.dtype == slot_mapping.dtype == torch.int64
     assert k_pages.stride() == v_pages.stride() and k_pages.stride(3) == 1 and k_pages.shape == v_pages.shape
-    tiles = _tiles(H, K, D)
+    tiles, pdl = _tiles(H, K, D), has_pdl(qkv.device)
     with torch.cuda.device_of(qkv):
         _qk_norm_rope_store_kernel[(T * (H // tiles.query_heads + K // tiles.kv_heads),)](
             qkv,
@@ -182,7 +185,9 @@ def qk_norm_rope_store(
             HEAD_STRIDE=k_pages.stride(2),
             QUERY_TILE=tiles.query_heads,
             KV_TILE=tiles.kv_heads,
+            PDL=pdl,
             num_warps=tiles.num_warps,
+            launch_pdl=pdl,
         )
     return out
 

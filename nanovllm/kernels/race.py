@@ -1,8 +1,8 @@
 """Drawing a token id from each row of logits, without a softmax, in one pass (Triton).
 
 The draw is the exponential race of nanovllm/layers/sampler.py (Gumbel-max): the winner of p / E, E independent standard
-exponentials made by a counter-based hash of (seed, position, id), is distributed as p. Logs are not needed to find
-the winner of a slice: exp(x) / E is compared, x relative to the slice's maximum; slices are compared in logs.
+exponentials made by a counter-based hash of (seed, position, id), is distributed as p. In base 2, so that a logarithm
+is little more than one instruction.
 Letters in names: B rows, V vocabulary, C slices of a row, S slots.
 """
 
@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SLICE_IDS = 4096  # of one program: several programs per SM even for one row of Qwen3's 151,936 ids
+SLICE_IDS = 4096  # of one program: enough programs for few rows of Qwen3's 151,936 ids
+TILE_IDS = 2048  # a program's ids at one time: 16 a thread; it reduces over its threads once, at its end
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LARGEST = tl.constexpr(3.4028234663852886e38)  # finite float32
 
 
@@ -61,10 +63,26 @@ def exponential(ids: tl.tensor, first: tl.tensor, second: tl.tensor) -> tl.tenso
     return exponential_of(uniform(ids, first, second))
 
 
+@triton.jit
+def _log2(x: tl.tensor) -> tl.tensor:
+    """Of normal numbers, to 2**-22: one instruction, where the exact one takes a polynomial."""
+    if INTERPRETED:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, True, pack=1)
+
+
+@triton.jit
+def log2_exponential(ids: tl.tensor, first: tl.tensor, second: tl.tensor) -> tl.tensor:
+    """log2 of `exponential`, within 1e-5: small ones, which win, by their series, as 1 - u would be rounded."""
+    u = uniform(ids, first, second)
+    small = u * (1.0 + u * (0.5 + u * (1 / 3 + u * 0.25)))
+    return _log2(tl.where(u < 0.03125, small, -0.6931471805599453 * _log2(1.0 - u)))
+
+
 @triton.jit(do_not_specialize=["num_slices"])
 def _race_kernel(
     value_ptr: tl.tensor,
-    shift_ptr: tl.tensor,
     id_ptr: tl.tensor,
     logits_ptr: tl.tensor,
     rows_ptr: tl.tensor,
@@ -77,48 +95,38 @@ def _race_kernel(
     INTEGER_STRIDE: tl.constexpr,
     RANDOM: tl.constexpr,
     SLICE: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> None:
-    """Grid (C, B). The winner of one slice of a row: its id, its value, and what the value is relative to."""
+    """Grid (C, B). The winner of one slice of a row: its value, and the lowest id among equals."""
     part, b = tl.program_id(0), tl.program_id(1)
     row = tl.load(rows_ptr + b)
-    ids = part * SLICE + tl.arange(0, SLICE)
-    inside = ids < VOCAB
-    x = tl.load(logits_ptr + b.to(tl.int64) * VOCAB + ids, mask=inside, other=float("-inf"))
-    best, winner, shift = tl.max(x, 0), tl.argmax(x, 0), tl.full([], 0.0, tl.float32)
-    if RANDOM:
-        temperature = tl.load(temperature_ptr + row * FLOAT_STRIDE)
-        if temperature > 0:
-            # Clamped: rows of -inf and infinite logits must not make a NaN, as in the plain sampler.
-            shift = tl.minimum(tl.maximum(best, -LARGEST), LARGEST)
-            seed, position = tl.load(seed_ptr + row * INTEGER_STRIDE), tl.load(position_ptr + row * INTEGER_STRIDE)
-            first, second = race_keys(seed, position)
-            p = tl.where(inside, tl.exp(tl.minimum(x - shift, 0.0) * (1.0 / temperature)), -1.0)
-            u = uniform(ids, first, second)
-            # E >= u, and nearly equal where it is small, as a winner's is: p / u bounds p / E, so the logarithm is
-            # needed for the one of the largest bound, and for all only if another bound is above its value.
-            bound = p / u
-            winner = tl.argmax(bound, 0)
-            won = ids == part * SLICE + winner
-            best = tl.sum(tl.where(won, p, 0.0), 0) / exponential_of(tl.sum(tl.where(won, u, 0.0), 0))
-            if tl.max(tl.where(won, -1.0, bound), 0) >= best:
-                value = p / exponential_of(u)
-                best, winner = tl.max(value, 0), tl.argmax(value, 0)
-    out = b * num_slices + part
-    tl.store(value_ptr + out, best)
-    tl.store(shift_ptr + out, shift)
-    tl.store(id_ptr + out, part * SLICE + winner)
+    logits_ptr += b.to(tl.int64) * VOCAB
+    temperature = tl.load(temperature_ptr + row * FLOAT_STRIDE)
+    seed, position = tl.load(seed_ptr + row * INTEGER_STRIDE), tl.load(position_ptr + row * INTEGER_STRIDE)
+    first, second = race_keys(seed, position)
+    scale = 1.4426950408889634 / tl.where(temperature > 0, temperature, 1.0)
+    value = tl.full([TILE], float("-inf"), tl.float32)
+    winner = part * SLICE + tl.arange(0, TILE)
+    for start in tl.static_range(0, SLICE, TILE):
+        ids = part * SLICE + start + tl.arange(0, TILE)
+        x = tl.load(logits_ptr + ids, mask=ids < VOCAB, other=float("-inf"))
+        if RANDOM:
+            if temperature > 0:
+                # Bounded: an infinite logit must not make a NaN of a row's other values.
+                x = tl.minimum(x, LARGEST) * scale - log2_exponential(ids, first, second)
+        better = x > value
+        value, winner = tl.where(better, x, value), tl.where(better, ids, winner)
+    best = tl.max(value, 0)
+    tl.store(value_ptr + b * num_slices + part, best)
+    tl.store(id_ptr + b * num_slices + part, tl.min(tl.where(value == best, winner, 0x7FFFFFFF), 0))
 
 
 @triton.jit(do_not_specialize=["num_slices"])
 def _finish_kernel(
     token_ptr: tl.tensor,
     value_ptr: tl.tensor,
-    shift_ptr: tl.tensor,
     id_ptr: tl.tensor,
-    rows_ptr: tl.tensor,
-    temperature_ptr: tl.tensor,
     num_slices: tl.tensor,
-    FLOAT_STRIDE: tl.constexpr,
     SLICES: tl.constexpr,
 ) -> None:
     """Grid (B). The winner of a row's slices; the lowest id among equals."""
@@ -126,14 +134,8 @@ def _finish_kernel(
     parts = tl.arange(0, SLICES)
     inside = parts < num_slices
     value = tl.load(value_ptr + b * num_slices + parts, mask=inside, other=float("-inf"))
-    shift = tl.load(shift_ptr + b * num_slices + parts, mask=inside, other=float("-inf"))
-    ids = tl.load(id_ptr + b * num_slices + parts, mask=inside, other=0)
-    temperature = tl.load(temperature_ptr + tl.load(rows_ptr + b) * FLOAT_STRIDE)
-    if temperature > 0:
-        # A slice of -inf throughout has value 0, whose log is -inf: it never wins against another.
-        value = tl.where(inside, tl.log(value) + (shift - tl.max(shift, 0)) / temperature, float("-inf"))
-    best = tl.argmax(value, 0)
-    tl.store(token_ptr + b, tl.sum(tl.where(parts == best, ids, 0), 0).to(tl.int64))
+    ids = tl.load(id_ptr + b * num_slices + parts, mask=inside, other=0x7FFFFFFF)
+    tl.store(token_ptr + b, tl.min(tl.where(value == tl.max(value, 0), ids, 0x7FFFFFFF), 0).to(tl.int64))
 
 
 def race(
@@ -152,20 +154,19 @@ def race(
     logits: float32 [B, V], contiguous; infinite ones are allowed, a row of -inf throughout gives id 0. rows: int64 [B]:
     row b's state is entry rows[b] of temperature (float32 [S]), seed and position (int64 [S]), views of any stride.
     any_random: False only where every row is greedy. out: int64 [B], contiguous, or None to allocate. num_sms: no
-    effect. Results equal those of `nanovllm.layers.sampler.sample`, but for races that float32 rounding decides.
+    effect. Results equal those of `nanovllm.layers.sampler.sample`, but for races that float32 rounding decides: of
+    logits / T too large to feel the noise (2**24 and more) the largest wins, the lowest id among equals.
     """
     num_rows, vocab_size = logits.shape
     assert logits.dtype == torch.float32 and logits.is_contiguous() and rows.dtype == torch.int64
     assert seed.stride() == position.stride() and seed.dtype == position.dtype == torch.int64
     out = torch.empty(num_rows, dtype=torch.int64, device=logits.device) if out is None else out
     num_slices = triton.cdiv(vocab_size, SLICE_IDS)
-    value, shift = torch.empty(2, num_rows, num_slices, dtype=torch.float32, device=logits.device).unbind(0)
-    ids = torch.empty(num_rows, num_slices, dtype=torch.int32, device=logits.device)
-    strides = {"FLOAT_STRIDE": temperature.stride(0)}
+    value = torch.empty(num_rows, num_slices, dtype=torch.float32, device=logits.device)
+    ids = torch.empty_like(value, dtype=torch.int32)
     with torch.cuda.device_of(logits):
         _race_kernel[(num_slices, num_rows)](
             value,
-            shift,
             ids,
             logits,
             rows,
@@ -174,22 +175,12 @@ def race(
             position,
             num_slices,
             VOCAB=vocab_size,
+            FLOAT_STRIDE=temperature.stride(0),
             INTEGER_STRIDE=seed.stride(0),
             RANDOM=any_random,
             SLICE=SLICE_IDS,
-            num_warps=8,
-            **strides,
+            TILE=min(TILE_IDS, SLICE_IDS),
+            num_warps=4,
         )
-        _finish_kernel[(num_rows,)](
-            out,
-            value,
-            shift,
-            ids,
-            rows,
-            temperature,
-            num_slices,
-            SLICES=triton.next_power_of_2(num_slices),
-            num_warps=1,
-            **strides,
-        )
+        _finish_kernel[(num_rows,)](out, value, ids, num_slices, SLICES=triton.next_power_of_2(num_slices), num_warps=1)
     return out

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.launch import has_pdl, wait_for_predecessor
+
 
 @triton.jit
 def _add_rms_norm_kernel(
@@ -21,14 +23,16 @@ def _add_rms_norm_kernel(
     EPS: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One program a row; it has read its whole row before it writes any of it."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     column = tl.arange(0, BLOCK)
     inside = column < N
     offset = tl.program_id(0).to(tl.int64) * N + column
-    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    wait_for_predecessor(PDL)
+    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         x += tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         rounded = x.to(dtype)  # the stream lives in the model's dtype: the norm sees the rounded sum
@@ -66,7 +70,7 @@ def add_rms_norm(
     elif residual_out is None:
         residual_out = residual
     assert residual_out.shape == x.shape and residual_out.is_contiguous()
-    block = triton.next_power_of_2(N)
+    block, pdl = triton.next_power_of_2(N), has_pdl(x.device)
     with torch.cuda.device_of(x):
         _add_rms_norm_kernel[(T,)](
             x,
@@ -77,7 +81,9 @@ def add_rms_norm(
             EPS=eps,
             N=N,
             BLOCK=block,
+            PDL=pdl,
             num_warps=_num_warps(block),
+            launch_pdl=pdl,
         )
     return out, residual_out
 

@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import silu
 
+from nanovllm.kernels.launch import has_pdl, wait_for_predecessor
+
 
 @triton.jit
 def _silu_mul_kernel(
@@ -19,8 +21,10 @@ def _silu_mul_kernel(
     INTERMEDIATE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS_PER_ROW: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One program a block of one row."""
+    wait_for_predecessor(PDL)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     program = tl.program_id(0)
     row = (program // BLOCKS_PER_ROW).to(tl.int64)
@@ -46,7 +50,7 @@ def silu_mul(gate_up: Tensor, *, out: Tensor | None = None, num_sms: int | None 
     out = gate_up.new_empty(T, intermediate) if out is None else out
     assert out.shape == (T, intermediate) and out.is_contiguous()
     block, num_warps = _block_and_warps(intermediate)
-    blocks_per_row = triton.cdiv(intermediate, block)
+    blocks_per_row, pdl = triton.cdiv(intermediate, block), has_pdl(gate_up.device)
     with torch.cuda.device_of(gate_up):
         _silu_mul_kernel[(T * blocks_per_row,)](
             gate_up,
@@ -54,7 +58,9 @@ def silu_mul(gate_up: Tensor, *, out: Tensor | None = None, num_sms: int | None 
             INTERMEDIATE=intermediate,
             BLOCK=block,
             BLOCKS_PER_ROW=blocks_per_row,
+            PDL=pdl,
             num_warps=num_warps,
+            launch_pdl=pdl,
         )
     return out
 

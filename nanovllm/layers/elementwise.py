@@ -1,4 +1,7 @@
-"""What lies between a layer's matrix products: plain torch modules, or one Triton kernel each. The same mathematics."""
+"""What lies between a layer's matrix products, and at few rows those too: torch or Triton, the same mathematics.
+
+With a handful of rows a product is nothing but reading its weights, and may have its neighbours fused into it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanovllm.layers.linear import Linear
 from nanovllm.layers.norm import RMSNorm
 
 if TYPE_CHECKING:
@@ -37,6 +41,20 @@ class Elementwise(ABC):
     @abstractmethod
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """silu(first half) · second half of [tokens, 2 · intermediate]."""
+
+    def linear(self, linear: Linear, x: Tensor) -> Tensor:
+        """x Wᵀ, [tokens, out]."""
+        return linear(x)
+
+    def norm_linear(self, norm: RMSNorm, linear: Linear, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(product of the normalised x + residual, new residual). May write over both inputs."""
+        normed, residual = self.add_norm(norm, x, residual)
+        return linear(normed), residual
+
+    def norm_swiglu(self, norm: RMSNorm, gate_up: Linear, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(silu(gate) · up of the normalised x + residual, new residual). May write over both inputs."""
+        product, residual = self.norm_linear(norm, gate_up, x, residual)
+        return self.silu_mul(product), residual
 
 
 class TorchElementwise(Elementwise):
@@ -73,10 +91,12 @@ class TritonElementwise(Elementwise):
 
     def __init__(self) -> None:
         # Here: a CPU build of torch comes without Triton.
+        from nanovllm.kernels import skinny_gemm
         from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store
         from nanovllm.kernels.rms_norm import add_rms_norm
         from nanovllm.kernels.silu_mul import silu_mul
 
+        self._skinny = skinny_gemm
         self._add_rms_norm, self._qk_norm_rope_store, self._silu_mul = add_rms_norm, qk_norm_rope_store, silu_mul
 
     def add_norm(self, norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -96,3 +116,16 @@ class TritonElementwise(Elementwise):
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return self._silu_mul(gate_up)
+
+    def linear(self, linear: Linear, x: Tensor) -> Tensor:
+        return self._skinny.skinny_linear(x, linear.weight) if len(x) <= self._skinny.MAX_ROWS else linear(x)
+
+    def norm_linear(self, norm: RMSNorm, linear: Linear, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        if not self._skinny.should_fuse(len(x)):
+            return super().norm_linear(norm, linear, x, residual)
+        return self._skinny.norm_linear(x, residual, norm.weight, norm.eps, linear.weight)
+
+    def norm_swiglu(self, norm: RMSNorm, gate_up: Linear, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._skinny.should_fuse(len(x)):
+            return super().norm_swiglu(norm, gate_up, x, residual)
+        return self._skinny.norm_gate_up(x, residual, norm.weight, norm.eps, gate_up.weight)

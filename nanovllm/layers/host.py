@@ -12,7 +12,8 @@ from torch import Tensor
 def to_device(values: Sequence[Any] | Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """A tensor of `values`, numbers or a host tensor, on `device`.
 
-    On CUDA the copy is queued on the current stream, from pinned memory. A copy from ordinary memory would block until the stream is idle, and no step could be launched ahead.
+    On CUDA the copy is queued on the current stream, from pinned memory: one from ordinary memory would block until the
+    stream is idle, and no step could be launched ahead.
     """
     host = values.to(dtype) if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
     if torch.device(device).type != "cuda":

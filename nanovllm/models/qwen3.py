@@ -45,16 +45,15 @@ class Qwen3Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
 
-    def forward(self, x: Tensor, positions: Tensor, kv_cache: KVCache, metadata: AttentionMetadata) -> Tensor:
-        """x [tokens, hidden] → [tokens, hidden]; stores the tokens' KV before attending."""
+    def forward(self, qkv: Tensor, positions: Tensor, kv_cache: KVCache, metadata: AttentionMetadata) -> Tensor:
+        """What `qkv_proj` gave, [tokens, q + k + v] → [tokens, hidden]; stores the tokens' KV before attending."""
         k_pages, v_pages = kv_cache.layer_view(self.layer)
-        qkv = self.qkv_proj(x)
         q_THD = self.backend.elementwise.split_qkv(self, qkv, positions, (k_pages, v_pages), metadata.slot_mapping)
         if isinstance(metadata, PrefillMetadata):
             out_THD = self.backend.prefill(q_THD, k_pages, v_pages, metadata)
         else:
             out_THD = self.backend.decode(q_THD, k_pages, v_pages, metadata)
-        return self.o_proj(out_THD.flatten(-2))
+        return self.backend.elementwise.linear(self.o_proj, out_THD.flatten(-2))
 
     def checkpoint_slots(self) -> dict[str, Tensor]:
         return self.qkv_proj.checkpoint_slots() | _slots(self, "o_proj", "q_norm", "k_norm")
@@ -70,8 +69,10 @@ class Qwen3MLP(nn.Module):
         self.gate_up_proj = FusedLinear(config.hidden_size, parts, dtype, device)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, dtype, device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.elementwise.silu_mul(self.gate_up_proj(x)))
+    def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(output for the normalised x + residual, new residual), [tokens, hidden]."""
+        activated, residual = self.elementwise.norm_swiglu(norm, self.gate_up_proj, x, residual)
+        return self.elementwise.linear(self.down_proj, activated), residual
 
     def checkpoint_slots(self) -> dict[str, Tensor]:
         return self.gate_up_proj.checkpoint_slots() | _slots(self, "down_proj")
@@ -105,13 +106,14 @@ class Qwen3DecoderLayer(nn.Module):
         metadata: AttentionMetadata,
     ) -> tuple[Tensor, Tensor]:
         """Norm, QKV, head norms, RoPE, KV store, attention, output projection."""
-        x, residual = self.elementwise.add_norm(self.input_layernorm, hidden, residual)
-        return self.self_attn(x, positions, kv_cache, metadata), residual
+        qkv_proj = self.self_attn.qkv_proj
+        qkv, residual = self.elementwise.norm_linear(self.input_layernorm, qkv_proj, hidden, residual)
+        return self.self_attn(qkv, positions, kv_cache, metadata), residual
 
     def forward_ffn_stage(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Norm, gate and up, SiLU product, down."""
-        x, residual = self.elementwise.add_norm(self.post_attention_layernorm, hidden, residual)
-        return self.mlp(x), residual
+        output: tuple[Tensor, Tensor] = self.mlp(self.post_attention_layernorm, hidden, residual)
+        return output
 
     def checkpoint_slots(self) -> dict[str, Tensor]:
         return _slots(self, "self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
