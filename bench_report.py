@@ -35,6 +35,7 @@ def make_report(llm: LLM, outputs: Sequence[RequestOutput], seconds: float, befo
         "ttft_ms": percentiles_ms([m.ttft for m in metrics if m.ttft is not None]),
         "itl_ms": percentiles_ms([gap for m in metrics for gap in m.inter_token]),
         "cards": [card_figures(before, after, card, seconds, runner) for card, runner in enumerate(cards_of(llm))],
+        "host": host_figures(before, after),
         "copies": copy_figures(before, after),
         "evacuations": after["evacuations"] - before["evacuations"],
     }
@@ -76,6 +77,16 @@ def card_figures(before: Stats, after: Stats, card: int, seconds: float, runner:
     figures = {"card": card, "device": device_name(runner.device), **done, "busy_share": busy / seconds}
     rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
     return rounded | {"kv_blocks": after[f"card{card}_blocks"]["total"]}
+
+
+def host_figures(before: Stats, after: Stats) -> dict[str, float]:
+    """Milliseconds of the host for each step of any card: of the engine loop, and of launching. Other threads may run
+    in between, and the cards run all the while."""
+    cards = [name for name in after if name.startswith("card") and "decode_steps" in after[name]]
+    kinds = ("prefill_steps", "decode_steps")
+    steps = sum(after[card][kind] - before[card][kind] for card in cards for kind in kinds)
+    parts = {"loop_ms": "loop_seconds", "launch_ms": "launch_seconds"}
+    return {name: round((after[key] - before[key]) / max(1, steps) * 1e3, 4) for name, key in parts.items()}
 
 
 def copy_figures(before: Stats, after: Stats) -> Stats:
@@ -146,6 +157,7 @@ def table_rows(figures: Stats) -> list[tuple[str, str]]:
         ("total", f"{figures['total_tokens_per_s']:,.1f} tok/s"),
         *[(name, latency_text(figures[key])) for name, key in (("TTFT", "ttft_ms"), ("ITL", "itl_ms"))],
         *[(f"card {card['card']}", card_text(card)) for card in figures["cards"]],
+        ("host", f"{figures['host']['loop_ms']:.3f} ms loop, {figures['host']['launch_ms']:.3f} ms launch, a step"),
         ("copies", copy_text(figures["copies"])),
     ]
 

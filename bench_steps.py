@@ -16,6 +16,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bench_report import host_figures
+
 if TYPE_CHECKING:
     from nanovllm import LLM
     from nanovllm.models.model_config import ModelConfig
@@ -51,11 +53,12 @@ def bench_decode_steps(llm: LLM, cases: Sequence[str], repeats: int, ceiling: Ce
     for case in map(Case.parse, cases):
         prompts = make_prompts(llm, case, seed=case.batch)
         seconds(llm, prompts, MANY_TOKENS)
+        before = llm.stats()
         steps = [
             (seconds(llm, prompts, MANY_TOKENS) - seconds(llm, prompts, FEW_TOKENS)) / (MANY_TOKENS - FEW_TOKENS)
             for _ in range(repeats)
         ]
-        rows.append(decode_row(llm.model_config, case, steps, ceiling))
+        rows.append(decode_row(llm.model_config, case, steps, ceiling) | {"host": host_figures(before, llm.stats())})
     return rows
 
 
@@ -144,7 +147,8 @@ def step_lines(figures: dict[str, Any]) -> list[tuple[str, str]]:
         (
             f"decode {row['case']}",
             f"{row['step_ms']:.3f} ms a step, {row['spread_ms'][0]:.3f} to {row['spread_ms'][1]:.3f}; floor "
-            f"{row['floor_ms']:.3f} ms ({row['share_of_floor']:.0%}), MBU {row['mbu']:.0%}, MFU {row['mfu']:.0%}",
+            f"{row['floor_ms']:.3f} ms ({row['share_of_floor']:.0%}), MBU {row['mbu']:.0%}, MFU {row['mfu']:.0%}; host "
+            f"{row['host']['loop_ms']:.3f} + {row['host']['launch_ms']:.3f} ms",
         )
         for row in figures.get("decode_steps", ())
     ]

@@ -82,10 +82,10 @@ class DecodeGraphs:
 
     def _run_model(self, bucket: int) -> None:
         state, block_size = self.slots, self.kv_cache.block_size
-        tokens_B, positions_B, context_lens_B, mapping_B, tables_BN = gather_inputs(
+        tokens_B, positions_B, context_lens_B, mapping_B, tables_BN, order_B = gather_inputs(
             self.slots_B[:bucket], state.integers_S7, state.block_tables_SN, block_size, state.null_block, ALIVE
         )
-        metadata = DecodeMetadata(context_lens_B, tables_BN, mapping_B, self.max_context_tokens)
+        metadata = DecodeMetadata(context_lens_B, tables_BN, mapping_B, self.max_context_tokens, order_B)
         logits_BV = self.logits_BV[:bucket]
         self.model.forward_decode(tokens_B, positions_B, self.kv_cache, metadata, out=logits_BV)
 

@@ -154,8 +154,10 @@ class LLMEngine:
         for shard in shards:
             self.executor.launch(shard)
         happened = bool(messages or jobs or shards)
-        if trace is not None and happened:
-            trace.add_iteration(begin_s, messages, len(jobs), len(shards))
+        if happened:
+            self.metrics.loop_seconds += time.perf_counter() - begin_s
+            if trace is not None:
+                trace.add_iteration(begin_s, messages, len(jobs), len(shards))
         return happened
 
     def _run(self) -> None:

@@ -52,6 +52,8 @@ class EngineMetrics:
     all_copies: CopyMetrics = field(default_factory=CopyMetrics)
     copies_by_route: dict[tuple[int, int], CopyMetrics] = field(default_factory=dict)
     sampled_tokens: int = 0
+    loop_seconds: float = 0.0  # of the engine loop, over iterations in which something happened
+    launch_seconds: float = 0.0  # of the workers, until a shard was on its way to its card
 
     def __post_init__(self) -> None:
         self.cards = [CardMetrics() for _ in range(self.num_cards)]
@@ -59,6 +61,8 @@ class EngineMetrics:
     def record(self, job: Job, num_sampled: int) -> None:
         """Count a completed job; `num_sampled`: tokens of it that still had a taker."""
         self.sampled_tokens += num_sampled
+        if getattr(job.handle, "event", None) is not None:  # else it ran inside its launch
+            self.launch_seconds += job.end_s - job.begin_s
         shard = job.shard
         if isinstance(shard, CopyShard):
             self._record_copy(job, shard)
@@ -82,5 +86,6 @@ class EngineMetrics:
         uptime = time.perf_counter() - self.started
         per_card = {f"card{i}": card.as_dict(uptime) for i, card in enumerate(self.cards)}
         routes = {f"{src}to{dst}": asdict(copies) for (src, dst), copies in list(self.copies_by_route.items())}
-        counters = {"sampled_tokens": self.sampled_tokens} | asdict(self.all_copies)
+        names = ("sampled_tokens", "loop_seconds", "launch_seconds")
+        counters = {name: getattr(self, name) for name in names} | asdict(self.all_copies)
         return counters | {"copies_by_route": routes} | per_card

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from nanovllm.engine.shards import (
     StepResult,
     TokenLogprobs,
 )
-from nanovllm.engine.slot_state import SlotState, fill_seen
+from nanovllm.engine.slot_state import SlotState, fill_seen, sampling_floats, slot_integers
 from nanovllm.layers.attention import PrefillMetadata
 from nanovllm.layers.host import to_device
 from nanovllm.layers.sampler import SamplingBatch, gather_logprobs, sample
@@ -80,6 +80,7 @@ class ModelRunner:
         self.block_size = kv_cache.block_size
         self.max_model_len = max_model_len
         self.graphs: DecodeGraphs | None = None
+        self._has_kernels = model.attention.elementwise.name == "triton"
         max_blocks = -(-max_model_len // self.block_size)
         vocab_size = model.config.vocab_size
         self.slots = SlotState(max_num_seqs, max_blocks, self.block_size, kv_cache.null_block, vocab_size, self.device)
@@ -96,9 +97,11 @@ class ModelRunner:
             tokens, positions, metadata, last = self._prefill_inputs(shard)
             logits = self.model.forward_prefill(tokens, positions, self.kv_cache, metadata, last)
             rows = [row for chunk in shard.chunks for row in chunk.samples]
-            batch = self._first_token_batch(rows)
-            token_ids = sample(logits, batch)
-            return self._handle(logits, token_ids, [row.params.logprobs for row in rows], start)
+            wanted = [row.params.logprobs for row in rows]
+            if not rows or not self._has_kernels:
+                return self._handle(logits, sample(logits, self._first_token_batch(rows)), wanted, start)
+            kept = logits if all(k is None for k in wanted) else logits.clone()  # penalties change them in place
+            return self._handle(kept, self._draw_first_tokens(logits, rows), wanted, start)
 
     @torch.inference_mode()
     def run_decode_core(self, shard: DecodeShard) -> StepHandle:
@@ -140,12 +143,13 @@ class ModelRunner:
         return self.graphs.capture_seconds
 
     def warm_up(self) -> None:
-        """Compile what prefill launches: few tokens, and many, greedy and random, into the null block."""
-        for count in (1, 2, 4, 8, 256):  # few rows have kernels of their own, by powers of two
+        """Compile what prefill launches: few tokens, and many, and every kind of sampler, into the null block."""
+        kinds = SamplingParams(), SamplingParams(top_k=2, top_p=0.5), SamplingParams(repetition_penalty=2.0)
+        for number, count in enumerate((1, 2, 4, 8, 256)):  # few rows have kernels of their own, by powers of two
             count = min(count, self.max_model_len)
             table = (self.kv_cache.null_block,) * -(-count // self.block_size)
-            rows = tuple(SamplingRow(SamplingParams(temperature=t), seed=0, position=0) for t in (0.0, 1.0))
-            self.run_prefill(PrefillShard(0, 0, (PrefillChunk((0,) * count, 0, table, rows),))).wait()
+            rows = (SamplingRow(kinds[number % 3], seed=0, position=0),)
+            self.run_prefill(PrefillShard(0, 0, (PrefillChunk((0,) * count, 0, table, rows * 2),))).wait()
 
     @torch.inference_mode()
     def run_copy(self, shard: CopyShard, target: ModelRunner, after: torch.cuda.Event | None) -> CopyHandle:
@@ -190,6 +194,20 @@ class ModelRunner:
             **self._vocabulary_tables(rows),
         )
 
+    def _draw_first_tokens(self, logits: Tensor, rows: list[SamplingRow]) -> Tensor:
+        """What `sample` gives for `_first_token_batch`, by kernels."""
+        from nanovllm.layers.draw import draw, kind_of  # here: a CPU build of torch comes without Triton
+
+        kind, seen = kind_of([row.params for row in rows]), None
+        if kind == "penalised":
+            shape = len(rows) + 1, self.model.config.vocab_size
+            seen = torch.zeros(shape, dtype=torch.int32, device=self.device)
+            for i, row in enumerate(rows):
+                fill_seen(seen, i, row)
+        floats = to_device([sampling_floats(row.params) for row in rows], torch.float32, self.device)
+        integers = self._int64([slot_integers(row, 0, 0) for row in rows])
+        return draw(kind, logits, torch.arange(len(rows), device=self.device), floats, integers, seen)
+
     def _vocabulary_tables(self, rows: list[SamplingRow]) -> dict[str, Tensor]:
         """[rows, vocabulary] tables, if some row reads them."""
         if not any(row.params.has_penalty or row.stop_ids for row in rows):
@@ -221,7 +239,7 @@ class ModelRunner:
     def _int32(self, values: list[int] | Tensor) -> Tensor:
         return to_device(values, torch.int32, self.device)
 
-    def _int64(self, values: list[int] | tuple[int, ...] | Tensor) -> Tensor:
+    def _int64(self, values: Sequence[Any] | Tensor) -> Tensor:
         return to_device(values, torch.int64, self.device)
 
 

@@ -12,22 +12,25 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _gather_kernel(
     tokens_ptr: tl.tensor,
     positions_ptr: tl.tensor,
     context_lens_ptr: tl.tensor,
     mapping_ptr: tl.tensor,
     tables_ptr: tl.tensor,
+    order_ptr: tl.tensor,
     slots_ptr: tl.tensor,
     integers_ptr: tl.tensor,
     slot_tables_ptr: tl.tensor,
+    num_rows: tl.tensor,
     NULL_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     STRIDE: tl.constexpr,
     ALIVE: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ) -> None:
     """Grid (B). Columns 0 and 1 of the state are the last token and the tokens in the KV cache."""
     b = tl.program_id(0)
@@ -41,6 +44,14 @@ def _gather_kernel(
     tl.store(positions_ptr + b, position)
     tl.store(context_lens_ptr + b, tl.where(alive, position + 1, 0).to(tl.int32))
     tl.store(mapping_ptr + b, block.to(tl.int64) * BLOCK_SIZE + position % BLOCK_SIZE)
+    # This row's place when the longest contexts come first: how many rows come before it.
+    other = tl.arange(0, ROWS)
+    other_ptr = integers_ptr + tl.load(slots_ptr + other, mask=other < num_rows, other=0) * STRIDE
+    longer = tl.load(other_ptr + 1, mask=other < num_rows, other=-1)
+    longer = tl.where(tl.load(other_ptr + ALIVE, mask=other < num_rows, other=0) != 0, longer, -1)
+    mine = tl.where(alive, position, -1)
+    before = (other < num_rows) & ((longer > mine) | ((longer == mine) & (other < b)))
+    tl.store(order_ptr + tl.sum(before.to(tl.int32), 0), b)
     for start in range(0, COLUMNS, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         entries = tl.load(slot_tables_ptr + slot * COLUMNS + columns, mask=columns < COLUMNS)
@@ -76,12 +87,13 @@ def _advance_kernel(
 
 def gather_inputs(
     slots: Tensor, integers: Tensor, slot_tables: Tensor, block_size: int, null_block: int, alive: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(tokens, positions, context_lens, slot_mapping, block_tables) of a step's rows; queues one kernel.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(tokens, positions, context_lens, slot_mapping, block_tables, row_order) of a step's rows; queues one kernel.
 
     slots: int64 [B]. integers: int64 [S, columns]: last token, tokens in the KV cache, output position, …; `alive` is
     the column that is 0 once a sequence has ended: such a row gets context 0 and writes to the null block.
-    slot_tables: int32 [S, N], contiguous. Returns int64 [B], int64 [B], int32 [B], int64 [B], int32 [B, N].
+    slot_tables: int32 [S, N], contiguous. Returns int64 [B], int64 [B], int32 [B], int64 [B], int32 [B, N] and
+    int32 [B]: the rows by falling context, for whoever wants to begin with the longest.
     """
     (num_rows,), columns = slots.shape, slot_tables.shape[1]
     assert slots.dtype == integers.dtype == torch.int64 and slot_tables.dtype == torch.int32
@@ -89,6 +101,7 @@ def gather_inputs(
     tokens, positions, mapping = torch.empty(3, num_rows, dtype=torch.int64, device=slots.device).unbind(0)
     context_lens = torch.empty(num_rows, dtype=torch.int32, device=slots.device)
     tables = torch.empty(num_rows, columns, dtype=torch.int32, device=slots.device)
+    order = torch.empty_like(context_lens)
     with torch.cuda.device_of(slots):
         _gather_kernel[(num_rows,)](
             tokens,
@@ -96,18 +109,21 @@ def gather_inputs(
             context_lens,
             mapping,
             tables,
+            order,
             slots,
             integers,
             slot_tables,
+            num_rows,
             NULL_BLOCK=null_block,
             BLOCK_SIZE=block_size,
             STRIDE=integers.shape[1],
             ALIVE=alive,
             COLUMNS=columns,
             BLOCK=min(256, triton.next_power_of_2(columns)),
+            ROWS=triton.next_power_of_2(num_rows),
             num_warps=1,
         )
-    return tokens, positions, context_lens, mapping, tables
+    return tokens, positions, context_lens, mapping, tables, order
 
 
 def advance(

@@ -75,7 +75,7 @@ def _split_range(
 
 @triton.jit(
     do_not_specialize=["q_row_heads", "table_row_blocks"],
-    do_not_specialize_on_alignment=["tables_ptr", "context_lens_ptr"],
+    do_not_specialize_on_alignment=["tables_ptr", "context_lens_ptr", "row_order_ptr"],
 )
 def _decode_kernel(
     out_ptr: tl.tensor,
@@ -85,6 +85,7 @@ def _decode_kernel(
     v_ptr: tl.tensor,
     tables_ptr: tl.tensor,
     context_lens_ptr: tl.tensor,
+    row_order_ptr: tl.tensor,
     q_row_heads: tl.tensor,
     table_row_blocks: tl.tensor,
     scale_log2: tl.tensor,
@@ -103,6 +104,8 @@ def _decode_kernel(
     """Grid (K, B, splits). Writes split s of row b to out[s, b] and, if SPLIT, its base-2 log-sum-exp to lse[s, b]."""
     kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     wait_for_predecessor(PDL)
+    if row_order_ptr is not None:
+        row = tl.load(row_order_ptr + row)
     context = tl.load(context_lens_ptr + row)
     begin, end = _split_range(context, split, tl.num_programs(2), TILE, MIN_TOKENS)
     table_ptr = tables_ptr + row.to(tl.int64) * table_row_blocks
@@ -179,6 +182,7 @@ def paged_decode(
     context_lens: Tensor,
     max_context_tokens: int,
     *,
+    row_order: Tensor | None = None,
     num_sms: int | None = None,
     num_splits: int | None = None,
     min_split_tokens: int = MIN_SPLIT_TOKENS,
@@ -192,6 +196,7 @@ def paged_decode(
     block_tables: int32 [B, columns], valid ids wherever the context reaches. context_lens: int32 [B], tokens in
     the cache; a row of 0 gives zeros. max_context_tokens: a host bound of context_lens; only the number of
     splits depends on it, so a captured graph is right at every length that its tables can hold.
+    row_order: int32 [B], the order in which rows are begun, or None: as they are. It changes no result.
     num_sms: SMs this may run on (None: the whole card). num_splits, min_split_tokens, tiles: None or default
     for the fixed choice. out: contiguous, q's shape and dtype, or None to allocate. Returns [B, H, D].
     """
@@ -217,6 +222,7 @@ def paged_decode(
             v_pages,
             block_tables,
             context_lens,
+            row_order,
             row_heads(q),
             block_tables.stride(0),
             score_scale_log2(head_dim),

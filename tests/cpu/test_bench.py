@@ -6,12 +6,14 @@ import json
 import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 import bench
 import bench_report
+import bench_steps
 from nanovllm import DEMO_MODEL
 from nanovllm.models.model_config import load_model_config
 
@@ -25,7 +27,7 @@ PARAMETERS = {  # of the published checkpoints, tied embeddings counted once
 }
 KEYS = {
     "model", "shape", "folded_token_ids", "parameters", "mode", "overlap", "seconds", "num_seqs", "prompt_tokens",
-    "output_tokens", "output_tokens_per_s", "total_tokens_per_s", "ttft_ms", "itl_ms", "cards", "copies",
+    "output_tokens", "output_tokens_per_s", "total_tokens_per_s", "ttft_ms", "itl_ms", "cards", "host", "copies",
     "evacuations", "attention_backend", "dtype", "devices", "versions", "commit", "arguments",
 }  # fmt: skip
 SMALL = ["--model", DEMO_MODEL, "--device", "cpu", "--num-seqs", "5", "--max-input-len", "90", "--max-output-len", "9"]
@@ -129,6 +131,28 @@ def test_runs_as_a_script_from_anywhere(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert set(json.loads(done.stdout.strip().rpartition("\n")[2])) == KEYS
     assert not list(tmp_path.iterdir())
+
+
+def test_single_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", DEMO_MODEL, "--device", "cpu", "--repeats", "1", "--cases", "2x20"]
+    assert bench.main([*options, "--decode-steps", "--prefill"]) == 0
+    figures = json.loads(capsys.readouterr().out.strip().rpartition("\n")[2])
+    (decode,), (prefill,) = figures["decode_steps"], figures["prefill"]
+    assert decode["case"] == prefill["case"] == "2x20" and prefill["tokens_per_s"] > 0 < decode["host"]["loop_ms"]
+
+
+def test_floors_of_a_decode_step() -> None:
+    """8B at 64x1024: the table of the peers gives 5.6 ms at 4.45 TB/s."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = load_model_config(bench.write_shape(Path(folder), "8b"))
+    row = bench_steps.decode_row(config, bench_steps.Case(64, 1024), [0.01], bench_steps.Ceiling(4.45, 797))
+    assert 5.5 < row["floor_ms"] < 5.75 and row["share_of_floor"] == pytest.approx(row["floor_ms"] / 10, abs=1e-3)
+
+
+@pytest.mark.parametrize("text", ["8", "x8", "8x", "0x8", "8x0", "axb", "8x8x8"])
+def test_bad_cases(text: str) -> None:
+    with pytest.raises(ValueError, match="BATCHxTOKENS"):
+        bench_steps.Case.parse(text)
 
 
 def test_percentiles_are_in_milliseconds() -> None:

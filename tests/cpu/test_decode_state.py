@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,7 +50,8 @@ def compare(seed: int, device: str) -> int:
         tokens_B, positions_B, metadata = plain.inputs(slots_B, MAX_BLOCKS * BLOCK_SIZE)
         got = gather_inputs(slots_B, fused.integers_S7, fused.block_tables_SN, BLOCK_SIZE, fused.null_block, ALIVE)
         expected = (tokens_B, positions_B, metadata.context_lens, metadata.slot_mapping, metadata.block_tables)
-        for ours, theirs in zip(got, expected, strict=True):
+        assert got[5].tolist() == sorted(range(len(rows)), key=lambda b: -int(metadata.context_lens[b])), (seed, rows)
+        for ours, theirs in zip(got[:5], expected, strict=True):
             assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), (seed, rows, ours, theirs)
         sampled_B = torch.tensor([rng.randrange(VOCABULARY) for _ in rows], device=device)
         plain.advance(slots_B, sampled_B)
@@ -61,7 +63,8 @@ def compare(seed: int, device: str) -> int:
 
 def test_kernels_equal_the_plain_state() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
+    command, root = [sys.executable, "-m", "tests.cpu.test_decode_state"], Path(__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 5, "some rows must have ended, or their case was not tried"
 

@@ -45,13 +45,15 @@ class DecodeMetadata:
     context_lens: int32 [B], tokens in the KV cache including the new one; 0 marks a padding row.
     block_tables: int32 [B, max_blocks], valid block ids in every column. slot_mapping: int64 [B]; padding
     rows point into the null block. max_context_tokens: a host bound, at least the largest of context_lens;
-    the tables have a column for every block of it.
+    the tables have a column for every block of it. row_order: int32 [B], a permutation of the rows, or None: the order
+    to begin them in, by falling context, so that no long one is left for the end.
     """
 
     context_lens: Tensor
     block_tables: Tensor
     slot_mapping: Tensor
     max_context_tokens: int
+    row_order: Tensor | None = None
 
 
 class AttentionBackend(ABC):

@@ -51,5 +51,6 @@ class TritonAttention(AttentionBackend):
             meta.block_tables,
             meta.context_lens,
             meta.max_context_tokens,
+            row_order=meta.row_order,
             num_sms=self.num_sms,
         )
