@@ -51,7 +51,7 @@ def bench_decode_steps(llm: LLM, cases: Sequence[str], repeats: int, ceiling: Ce
     """A row a case. The same prompts each time: their cached prefix keeps prefill, which cancels out, short."""
     rows = []
     for case in map(Case.parse, cases):
-        prompts = make_prompts(llm, case, seed=case.batch)
+        prompts = make_prompts(llm, case, seed=0)
         seconds(llm, prompts, MANY_TOKENS)
         before = llm.stats()
         steps = [
@@ -72,7 +72,8 @@ def bench_prefill(llm: LLM, cases: Sequence[str], repeats: int, ceiling: Ceiling
 
 
 def make_prompts(llm: LLM, case: Case, seed: int) -> list[list[int]]:
-    rng, vocab_size = random.Random(seed), llm.model_config.vocab_size
+    # Another sequence for every case: prompts of one must not find those of another in the prefix cache.
+    rng, vocab_size = random.Random(f"{case} {seed}"), llm.model_config.vocab_size
     return [[rng.randrange(vocab_size) for _ in range(case.tokens)] for _ in range(case.batch)]
 
 

@@ -10,7 +10,10 @@ import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
+
+SamplerKind = Literal["plain", "filtered", "penalised"]
+SAMPLER_KINDS: tuple[SamplerKind, ...] = ("plain", "filtered", "penalised")  # each also serves the rows of those before
 
 MAX_N = 64
 MAX_TOKENS = 2**31 - 1  # output positions are 32-bit
@@ -127,6 +130,13 @@ class SamplingParams:
     def has_penalty(self) -> bool:
         """Whether any of the three penalties changes a logit."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+    @property
+    def sampler_level(self) -> int:
+        """Index in SAMPLER_KINDS of the least that serves this row."""
+        if self.has_penalty or self.min_tokens:
+            return 2
+        return int(bool(self.top_k or self.top_p < 1 or self.min_p))
 
     def _check_distribution(self) -> None:
         temperature = _number("temperature", self.temperature, 0, MAX_TEMPERATURE)

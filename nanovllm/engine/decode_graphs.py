@@ -8,7 +8,7 @@ every length up to `max_model_len`. All graphs of a card share one memory pool: 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,9 +20,9 @@ from nanovllm.engine.kv_cache import KVCache
 from nanovllm.engine.slot_state import ALIVE, MIN_TOKENS, SlotState
 from nanovllm.kernels.decode_state import advance, gather_inputs
 from nanovllm.layers.attention import DecodeMetadata
-from nanovllm.layers.draw import KINDS, SamplerKind, draw, kind_of
+from nanovllm.layers.draw import draw
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import SAMPLER_KINDS, SamplerKind
 
 
 def bucket_sizes(max_num_seqs: int) -> list[int]:
@@ -48,6 +48,7 @@ class DecodeGraphs:
     capture_seconds: float = 0.0
     _model_graphs: dict[int, torch.cuda.CUDAGraph] = field(default_factory=dict)
     _samplers: dict[tuple[int, SamplerKind], torch.cuda.CUDAGraph] = field(default_factory=dict)
+    _slots: tuple[int, ...] = ()  # what slots_B holds, ahead of its padding
 
     def __post_init__(self) -> None:
         device, size = self.slots.device, self.max_num_seqs
@@ -65,7 +66,7 @@ class DecodeGraphs:
 
     def _capture(self, bucket: int, pool: Any) -> None:
         self._model_graphs[bucket] = self._graph_of(partial(self._run_model, bucket), pool)
-        for kind in KINDS:
+        for kind in SAMPLER_KINDS:
             self._samplers[bucket, kind] = self._graph_of(partial(self._run_sampler, bucket, kind), pool)
 
     def _graph_of(self, run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
@@ -94,18 +95,20 @@ class DecodeGraphs:
         draw(kind, self.logits_BV[:bucket], slots_B, state.floats_S6, state.integers_S7, state.seen_SV, token_ids_B)
         advance(slots_B, token_ids_B, state.integers_S7, state.end_ids_SK, state.null_slot, ALIVE, MIN_TOKENS)
 
-    def replay_model(self, slots: Sequence[int]) -> tuple[Tensor, int]:
+    def replay_model(self, slots: tuple[int, ...]) -> tuple[Tensor, int]:
         """Launch the model for these slots; logits [len(slots), vocab], valid until the next replay, and the bucket."""
         bucket = next(size for size in self.buckets if size >= len(slots))
-        padded = [*slots, *[self.slots.null_slot] * (bucket - len(slots))]
-        self.slots_B[:bucket].copy_(torch.tensor(padded).pin_memory(), non_blocking=True)
+        if slots != self._slots:  # most steps have the rows of the step before
+            padded = [*slots, *[self.slots.null_slot] * (bucket - len(slots))]
+            self.slots_B[:bucket].copy_(torch.tensor(padded).pin_memory(), non_blocking=True)
+            self._slots = slots
         self._model_graphs[bucket].replay()
         return self.logits_BV[: len(slots)], bucket
 
-    def replay_sampler(self, params: Sequence[SamplingParams], bucket: int) -> Tensor:
-        """Launch the bucket's sampler for rows with these parameters, which advances their slots.
+    def replay_sampler(self, kind: SamplerKind, num_rows: int, bucket: int) -> Tensor:
+        """Launch the bucket's sampler of that kind, which advances its slots.
 
         Returns their ids, valid until the next replay. Penalties change the logits of `replay_model`.
         """
-        self._samplers[bucket, kind_of(params)].replay()
-        return self.token_ids_B[: len(params)]
+        self._samplers[bucket, kind].replay()
+        return self.token_ids_B[:num_rows]

@@ -26,7 +26,7 @@ from nanovllm.layers.host import to_device
 from nanovllm.layers.sampler import SamplingBatch, gather_logprobs, sample
 from nanovllm.layers.seen_tokens import unpack
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import SAMPLER_KINDS, SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.engine.decode_graphs import DecodeGraphs
@@ -108,19 +108,19 @@ class ModelRunner:
         """Advance every slot of the shard by one token."""
         with self._on_card() as start:
             self.slots.apply(shard)
-            logits, token_ids = self._decode(shard)
-            params = [self.slots.params[slot] for slot in shard.slots]
-            return self._handle(logits, token_ids, [p.logprobs if p is not None else None for p in params], start)
+            wanted = [self.slots.num_logprobs[slot] for slot in shard.slots]
+            logits, token_ids = self._decode(shard, keep_logits=any(wanted) or 0 in wanted)
+            return self._handle(logits, token_ids, wanted, start)
 
-    def _decode(self, shard: DecodeShard) -> tuple[Tensor, Tensor]:
+    def _decode(self, shard: DecodeShard, keep_logits: bool) -> tuple[Tensor, Tensor]:
         """Logits and sampled ids of a step, its slots advanced."""
         if self.graphs is None:
             return self._decode_eagerly(shard)
-        params = [p for p in (self.slots.params[slot] for slot in shard.slots) if p is not None]
+        kind = SAMPLER_KINDS[max([self.slots.sampler_levels[slot] for slot in shard.slots])]
         logits, bucket = self.graphs.replay_model(shard.slots)
-        if any(p.logprobs is not None for p in params):
+        if keep_logits:
             logits = logits.clone()  # penalties change them in place, and logprobs are the model's own
-        return logits, self.graphs.replay_sampler(params, bucket)
+        return logits, self.graphs.replay_sampler(kind, len(shard.slots), bucket)
 
     def _decode_eagerly(self, shard: DecodeShard) -> tuple[Tensor, Tensor]:
         """The graphs' plain twin."""
@@ -196,9 +196,9 @@ class ModelRunner:
 
     def _draw_first_tokens(self, logits: Tensor, rows: list[SamplingRow]) -> Tensor:
         """What `sample` gives for `_first_token_batch`, by kernels."""
-        from nanovllm.layers.draw import draw, kind_of  # here: a CPU build of torch comes without Triton
+        from nanovllm.layers.draw import draw  # here: a CPU build of torch comes without Triton
 
-        kind, seen = kind_of([row.params for row in rows]), None
+        kind, seen = SAMPLER_KINDS[max(row.params.sampler_level for row in rows)], None
         if kind == "penalised":
             shape = len(rows) + 1, self.model.config.vocab_size
             seen = torch.zeros(shape, dtype=torch.int32, device=self.device)

@@ -38,6 +38,8 @@ class SlotState:
         self.vocab_size = vocab_size
         self.device = device
         self.params: list[SamplingParams | None] = [None] * num_slots
+        self.sampler_levels = [0] * num_slots  # what a step asks of each row's parameters
+        self.num_logprobs: list[int | None] = [None] * num_slots
         self.null_slot = num_slots  # where a graph's padding rows point: an empty context, writing to the null block
         self.integers_S7 = torch.zeros(num_slots + 1, 7, dtype=torch.int64, device=device)  # see slot_integers
         self.last_token_S, self.num_kv_tokens_S, self.position_S = self.integers_S7.unbind(1)[:3]
@@ -68,7 +70,8 @@ class SlotState:
         self.block_tables_SN[slots_B] = to_device(tables, torch.int32, self.device)
         self.end_ids_SK[slots_B] = to_device([_end_ids(entry) for entry in entries], torch.int64, self.device)
         for entry in entries:
-            self.params[entry.slot] = entry.sampling.params
+            self.params[entry.slot] = params = entry.sampling.params
+            self.sampler_levels[entry.slot], self.num_logprobs[entry.slot] = params.sampler_level, params.logprobs
             self._enter_seen(entry.slot, entry.sampling)
 
     def _enter_seen(self, slot: int, row: SamplingRow) -> None:

@@ -5,25 +5,12 @@ Letters in names: B rows, V vocabulary, S slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
-
 from torch import Tensor
 
 from nanovllm.kernels.filtered_race import filtered_race
 from nanovllm.kernels.penalties import apply_penalties_, count_
 from nanovllm.kernels.race import race
-from nanovllm.sampling_params import SamplingParams
-
-SamplerKind = Literal["plain", "filtered", "penalised"]
-KINDS: tuple[SamplerKind, ...] = ("plain", "filtered", "penalised")
-
-
-def kind_of(params: Sequence[SamplingParams]) -> SamplerKind:
-    """The least that serves all these rows: each kind also serves the rows of those before it."""
-    if any(p.has_penalty or p.min_tokens for p in params):
-        return "penalised"
-    return "filtered" if any(p.top_k or p.top_p < 1 or p.min_p for p in params) else "plain"
+from nanovllm.sampling_params import SamplerKind
 
 
 def draw(
