@@ -113,6 +113,8 @@ def prepare(runners: list[ModelRunner], config: Config, seconds: dict[str, float
     if not config.enforce_eager and attention != "torch":  # the torch backend's shapes follow the lengths
         with timed(seconds, "capture_s"):
             runners[-1].capture()
+            if attention == "triton":  # FlashAttention's launches depend on the lengths of a step
+                runners[0].capture_prefill(config.max_num_batched_tokens)
 
 
 def warm_copies(runner: ModelRunner, runners: list[ModelRunner]) -> None:

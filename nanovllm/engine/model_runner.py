@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,7 @@ from nanovllm.sampling_params import SAMPLER_KINDS, SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.engine.decode_graphs import DecodeGraphs
+    from nanovllm.engine.prefill_graphs import PrefillGraphs
 
 
 class StepHandle:
@@ -80,6 +82,7 @@ class ModelRunner:
         self.block_size = kv_cache.block_size
         self.max_model_len = max_model_len
         self.graphs: DecodeGraphs | None = None
+        self.prefill_graphs: PrefillGraphs | None = None
         self._has_kernels = model.attention.elementwise.name == "triton"
         max_blocks = -(-max_model_len // self.block_size)
         vocab_size = model.config.vocab_size
@@ -94,8 +97,7 @@ class ModelRunner:
     def run_prefill(self, shard: PrefillShard) -> StepHandle:
         """Compute the chunks' KV; sample where a chunk is its prompt's last. Rows as `shard` lists its samples."""
         with self._on_card() as start:
-            tokens, positions, metadata, last = self._prefill_inputs(shard)
-            logits = self.model.forward_prefill(tokens, positions, self.kv_cache, metadata, last)
+            logits = self._prefill(shard)
             rows = [row for chunk in shard.chunks for row in chunk.samples]
             wanted = [row.params.logprobs for row in rows]
             if not rows or not self._has_kernels:
@@ -142,6 +144,14 @@ class ModelRunner:
             self.graphs = DecodeGraphs(self.model, self.kv_cache, slots, len(slots.params), self.max_model_len)
         return self.graphs.capture_seconds
 
+    @torch.inference_mode()
+    def capture_prefill(self, max_num_batched_tokens: int) -> None:
+        """Compile and capture small prefill steps; nothing else of this engine may run."""
+        from nanovllm.engine.prefill_graphs import PrefillGraphs  # here: only where it is used, like the other
+
+        with self._on_card():
+            self.prefill_graphs = PrefillGraphs(self.model, self.kv_cache, self.max_model_len, max_num_batched_tokens)
+
     def warm_up(self) -> None:
         """Compile what prefill launches: few tokens, and many, and every kind of sampler, into the null block."""
         kinds = SamplingParams(), SamplingParams(top_k=2, top_p=0.5), SamplingParams(repetition_penalty=2.0)
@@ -159,26 +169,46 @@ class ModelRunner:
 
     # -- inputs of a prefill step
 
-    def _prefill_inputs(self, shard: PrefillShard) -> tuple[Tensor, Tensor, PrefillMetadata, Tensor]:
+    def _prefill(self, shard: PrefillShard) -> Tensor:
+        """Logits of every sample's row, float32 [samples, vocab_size]."""
         starts = [chunk.start for chunk in shard.chunks]
         query_lens = [len(chunk.tokens) for chunk in shard.chunks]
         context_lens = [start + count for start, count in zip(starts, query_lens, strict=True)]
-        ends = list(accumulate(query_lens))
-        last = [end - 1 for chunk, end in zip(shard.chunks, ends, strict=True) for _ in chunk.samples]
         tables_SN = torch.tensor(self._padded_tables(shard))
-        positions_T, mapping_T = token_places(starts, query_lens, tables_SN, self.block_size)
+        places = token_places(starts, query_lens, tables_SN, self.block_size)
+        tokens = array("q", chain.from_iterable(chunk.tokens for chunk in shard.chunks))
+        tokens_3T = torch.stack([torch.frombuffer(tokens, dtype=torch.int64), *places])
+        sampled = [index for index, chunk in enumerate(shard.chunks) for _ in chunk.samples]
+        graphs = self.prefill_graphs
+        size = graphs.size_for(len(tokens), len(query_lens)) if graphs is not None else None
+        if graphs is None or size is None:
+            return self._prefill_eagerly(tokens_3T, query_lens, context_lens, tables_SN, sampled)
+        logits_SV = graphs.replay(size, tokens_3T, query_lens, context_lens, tables_SN)
+        one_each = sampled == list(range(len(sampled)))
+        return logits_SV[: len(sampled)] if one_each else logits_SV[self._int64(sampled)]
+
+    def _prefill_eagerly(
+        self,
+        tokens_3T: Tensor,
+        query_lens: list[int],
+        context_lens: list[int],
+        tables_SN: Tensor,
+        sampled: list[int],
+    ) -> Tensor:
+        ends = list(accumulate(query_lens))
+        tokens_T, positions_T, mapping_T = self._int64(tokens_3T).unbind(0)
         metadata = PrefillMetadata(
             cu_seqlens_q=self._int32([0, *ends]),
             context_lens=self._int32(context_lens),
             block_tables=self._int32(tables_SN),
-            slot_mapping=self._int64(mapping_T),
+            slot_mapping=mapping_T,
             max_query_tokens=max(query_lens),
             max_context_tokens=max(context_lens),
             host_query_lens=tuple(query_lens),
             host_context_lens=tuple(context_lens),
         )
-        tokens = [token for chunk in shard.chunks for token in chunk.tokens]
-        return self._int64(tokens), self._int64(positions_T), metadata, self._int64(last)
+        last = self._int64([ends[index] - 1 for index in sampled])
+        return self.model.forward_prefill(tokens_T, positions_T, self.kv_cache, metadata, last)
 
     def _padded_tables(self, shard: PrefillShard) -> list[list[int]]:
         width = max(len(chunk.block_table) for chunk in shard.chunks)
