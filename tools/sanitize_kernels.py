@@ -233,7 +233,9 @@ def gather_twin(
     positions, living, tables = integers[rows, 1], integers[rows, alive] != 0, slot_tables[rows]
     blocks = torch.where(living, tables.gather(1, positions[:, None] // block_size)[:, 0].long(), null_block)
     context_lens = torch.where(living, positions + 1, 0).int()
-    return integers[rows, 0], positions, context_lens, blocks * block_size + positions % block_size, tables
+    order = context_lens.argsort(descending=True, stable=True).int()
+    mapping = blocks * block_size + positions % block_size
+    return integers[rows, 0], positions, context_lens, mapping, tables, order
 
 
 def advance_case(end_id: int) -> Case:

@@ -288,6 +288,8 @@ def test_no_run_time_value_compiles_a_variant() -> None:
     pages = torch.empty(100, 4, 2, 64, 8, 128, dtype=torch.bfloat16, device="meta")
     k_pages, v_pages = pages[:, 1, 0], pages[:, 1, 1]
 
+    decode = DecodeTiles(64, num_warps=4, num_stages=3)
+
     def launch() -> None:
         for rows, columns, first in ((1, 1, 0), (3, 16, 1), (16, 17, 16), (129, 640, 5)):
             qkv = torch.empty(rows, 48, 128, dtype=torch.bfloat16, device="meta")
@@ -298,8 +300,8 @@ def test_no_run_time_value_compiles_a_variant() -> None:
             slots = torch.empty(rows, dtype=torch.int64, device="meta")
             q, k, v = qkv.split([32, 8, 8], dim=1)
             store_kv(k, v, k_pages, v_pages, slots)
-            paged_decode(q, k_pages, v_pages, tables, contexts[:-1], columns * 64, num_splits=1)
-            paged_decode(q, k_pages, v_pages, tables, contexts[:-1], columns * 64, num_splits=3)
+            for splits in (1, 3):
+                paged_decode(q, k_pages, v_pages, tables, contexts[:-1], columns * 64, num_splits=splits, tiles=decode)
             tiles = choose_prefill_tiles(q.dtype, 512, hopper=True)
             paged_prefill(q, k_pages, v_pages, tables, contexts, contexts[:-1], rows, tiles=tiles)
 
@@ -317,8 +319,8 @@ def test_splits_fill_the_card_and_no_more(num_programs: int, expected: int) -> N
 
 
 def test_short_contexts_are_not_split() -> None:
-    assert choose_num_splits(8, 2 * decode_module.MIN_SPLIT_TOKENS - 1, num_sms=132) == 1
-    assert choose_num_splits(8, 2 * decode_module.MIN_SPLIT_TOKENS, num_sms=132) == 2
+    assert choose_num_splits(8, 4 * decode_module.MIN_SPLIT_TOKENS - 1, num_sms=132) == 1
+    assert choose_num_splits(8, 4 * decode_module.MIN_SPLIT_TOKENS, num_sms=132) == 2
     assert choose_num_splits(8, 0, num_sms=132) == 1
 
 

@@ -17,10 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from nanovllm import DEMO_MODEL
+from nanovllm.engine.cards import STARTUP_PARTS
+from tools import gpu_baseline
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,12 +80,12 @@ def figures(**values: float) -> dict[str, dict[str, Any]]:
     ],
 )
 def test_verdict(before: float | None, now: float | None, better: str, expected: str) -> None:
-    assert gpu_check.verdict(before, now, better) == expected
+    assert gpu_baseline.verdict(before, now, better) == expected
 
 
 def test_comparison_is_readable() -> None:
     before, now = figures(same=10.0, slow=2.0, gone=1.0, zero=0.0), figures(same=10.1, slow=3.0, zero=1.0, new=7.0)
-    _, *lines = gpu_check.comparison_lines(before, now)
+    _, *lines = gpu_baseline.comparison_lines(before, now)
     assert [line.split() for line in lines] == [
         ["same", "ms", "10", "10.1", "1.010"],
         ["slow", "ms", "2", "3", "1.500", "worse"],
@@ -100,7 +103,7 @@ def test_paths_lead_to_figures() -> None:
     }
     wanted = {"itl_ms.p50": "ms lower", "itl_ms.p99": "ms lower", "decode.*.share": "share higher"}
     wanted["rows[kernel,tokens].us"] = "us lower"
-    got = gpu_check.read_figures(wanted, report)
+    got = gpu_baseline.read_figures(wanted, report)
     assert {name: each["value"] for name, each in got.items()} == {
         "itl_ms/p50": 7.5,
         "decode/64x1024 page 16/share": 0.8,
@@ -109,17 +112,18 @@ def test_paths_lead_to_figures() -> None:
         "rows/silu tokens=64/us": 3.0,
     }
     with pytest.raises(KeyError, match="two figures"):
-        gpu_check.read_figures({"rows[kernel].us": "us lower"}, report)
+        gpu_baseline.read_figures({"rows[kernel].us": "us lower"}, report)
     assert got["rows/silu tokens=8/us"] == {"value": 2.0, "unit": "us", "better": "lower"}
 
 
 def test_the_table_is_sound() -> None:
-    table = gpu_check.BENCHMARKS
+    table = gpu_baseline.BENCHMARKS
     assert len({each.name for each in table} | set(gpu_check.SECTIONS)) == len(table) + len(gpu_check.SECTIONS)
     for each in table:
         assert (ROOT / each.command.split()[0]).is_file(), each.command
         assert each.cards in (1, 2) and each.figures
         assert {kind.split()[1] for kind in each.figures.values()} <= {"higher", "lower"}
+    assert {f"{part}_s" for part in gpu_baseline.STARTUP_PARTS} <= {*STARTUP_PARTS, "spawn_to_ready_s"}
 
 
 @pytest.mark.parametrize(
@@ -130,15 +134,56 @@ def test_the_table_is_sound() -> None:
             f"bench.py --model {DEMO_MODEL} --device cpu --two-gpus --num-kvcache-blocks 40,30 "
             "--num-seqs 3 --max-input-len 70 --max-output-len 5",
         ),
+        (
+            "steps",
+            f"bench.py --model {DEMO_MODEL} --device cpu --num-kvcache-blocks 20 --decode-steps --prefill --cases 2x40 "
+            "--repeats 1 --read-tb-per-s 0.001 --tflops 0.01",
+        ),
         ("copies", "tools/bench_copies.py --device cpu --shapes 8b --blocks 8"),
     ],
 )
 def test_real_benchmarks_hold_the_figures_of_the_table(runner: Any, name: str, command: str) -> None:
-    (benchmark,) = [each for each in gpu_check.BENCHMARKS if each.name == name]
+    (benchmark,) = [each for each in gpu_baseline.BENCHMARKS if each.name == name]
     result = gpu_check.check_benchmark(runner, benchmark._replace(command=command))
     assert (result["status"], result["why"]) == ("passed", "")
-    assert len(result["figures"]) == {"workload-two-cards": 6, "copies": 1}[name]
+    assert len(result["figures"]) == {"workload-two-cards": 6, "steps": 4, "copies": 1}[name]
     assert all(each["value"] > 0 for each in result["figures"].values())
+
+
+def names_of_figures(name: str, report: dict[str, Any]) -> list[str]:
+    (benchmark,) = [each for each in gpu_baseline.BENCHMARKS if each.name == name]
+    return list(gpu_baseline.read_figures(benchmark.figures, report))
+
+
+def test_rows_of_the_sampler_benchmark_are_as_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it measures is made up: it needs a GPU."""
+    pytest.importorskip("triton")
+    bench = load("bench_sampler")
+    for name, value in {"new_steps": [MagicMock()], "num_different": 0, "time_graph": 2.0, "time_eager": 3.0}.items():
+        monkeypatch.setattr(bench, name, lambda *_, value=value: value)
+    rows = [bench.measure(None, "flat", case, batch) for case in ("greedy", "top_k=20") for batch in (1, 8)]
+    got = names_of_figures("sampler", {"rows": rows})
+    assert got == [f"rows/flat {case} batch={batch}/us" for case in ("greedy", "top_k=20") for batch in (1, 8)]
+
+
+def test_rows_of_the_skinny_benchmark_are_as_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    bench = load("bench_skinny")
+    for name, value in {
+        "check": None,
+        "time_us": 2.0,
+        "choose_tiles": (),
+        "own_layer": None,
+        "cublas_layer": None,
+    }.items():
+        monkeypatch.setattr(bench, name, lambda *_, value=value: value)
+    monkeypatch.setattr(bench.torch.cuda, "get_device_properties", MagicMock())
+    cases = [bench.Case(product, 8, 16, MagicMock(), MagicMock(), MagicMock()) for product in ("qkv", "o")]
+    rows = [bench.measure("8B", 4, case) for case in cases]
+    layers = [bench.measure_layer("8B", MagicMock(), M) for M in (1, 8)]
+    got = names_of_figures("skinny", {"rows": rows, "layers": layers})
+    assert got[:2] == ["rows/8B rows=4 qkv/fused_us", "rows/8B rows=4 o/fused_us"]
+    assert got[2:] == ["layers/8B rows=1/pdl_us", "layers/8B rows=8/pdl_us"]
 
 
 # -- one step
@@ -146,7 +191,7 @@ def test_real_benchmarks_hold_the_figures_of_the_table(runner: Any, name: str, c
 
 def test_a_benchmark_fails_only_if_it_crashes_or_has_no_figures(runner: Any, program: Program) -> None:
     def status(code: str) -> tuple[str, str]:
-        result = gpu_check.check_benchmark(runner, gpu_check.Benchmark("b", program(code), {"rate": "GB/s higher"}))
+        result = gpu_check.check_benchmark(runner, gpu_baseline.Benchmark("b", program(code), {"rate": "GB/s higher"}))
         return result["status"], result["why"]
 
     assert (
@@ -162,7 +207,7 @@ def test_a_benchmark_fails_only_if_it_crashes_or_has_no_figures(runner: Any, pro
 
 def test_quick_runs_other_options_or_nothing(runner: Any, program: Program) -> None:
     path = program("print(json.dumps({'options': len(sys.argv) - 1}))")
-    benchmark = gpu_check.Benchmark("b", f"{path} --a", {"options": "1 lower"}, quick="--b 3")
+    benchmark = gpu_baseline.Benchmark("b", f"{path} --a", {"options": "1 lower"}, quick="--b 3")
     assert gpu_check.check_benchmark(runner, benchmark)["figures"]["options"]["value"] == 1
     assert gpu_check.check_benchmark(runner, benchmark, quick=True)["figures"]["options"]["value"] == 3
     assert gpu_check.check_benchmark(runner, benchmark._replace(quick=None), quick=True)["status"] == "not run"
@@ -251,7 +296,7 @@ def test_junit_is_counted(cards: int) -> None:
         ("needs cuda-python", False),
         ("needs two CUDA devices", cards == 1),
     ]
-    lines = list(gpu_check.skip_lines(counts["skipped"] + counts["skipped"][:1]))
+    lines = list(gpu_baseline.skip_lines(counts["skipped"] + counts["skipped"][:1]))
     assert lines[0] == "    2 skipped, without an excuse: needs a CUDA device (tests.gpu.test_b, …)"
     assert ("without" in lines[2]) == (cards == 2) and "needs two" in lines[2]
 
@@ -377,7 +422,7 @@ FAILED = {"status": "failed", "why": "exit status 1", "command": "bench.py"}
 @pytest.fixture
 def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     """`main` on these results, as another run left them: (exit status, what it printed)."""
-    monkeypatch.setattr(gpu_check, "BASELINES", tmp_path)
+    monkeypatch.setattr(gpu_baseline, "BASELINES", tmp_path)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
 
     def run(results: dict[str, Any], *options: str) -> tuple[int, str]:
@@ -396,7 +441,7 @@ def test_speed_never_fails_and_crashes_always_do(compare: Callable[..., Any], tm
     assert code == 0 and "100.000 worse" in text and "baseline of 2026-01-01, commit abc" in text
     code, text = compare(make_results(fused=FAILED), "--update-baseline")
     assert code == 1 and "exit status 1" in text
-    kept = gpu_check.read_baseline(tmp_path / "nvidia-h200-1.json")["benchmarks"]
+    kept = gpu_baseline.read_baseline(tmp_path / "nvidia-h200-1.json")["benchmarks"]
     assert {name: each["figures"]["us"]["value"] for name, each in kept.items()} == {"fused": 2.0, "copies": 1.0}
     assert compare(make_results() | {"interrupted": True})[0] == 130
     assert compare(make_results() | {"tests": {"status": "failed", "why": "1 failed: a"}})[0] == 1
@@ -413,9 +458,9 @@ def test_quick_makes_no_baseline_and_is_not_compared(compare: Callable[..., Any]
 
 
 def test_committed_baselines_are_sound(tmp_path: Path) -> None:
-    names = {each.name for each in gpu_check.BENCHMARKS}
-    for path in gpu_check.BASELINES.glob("*.json"):
-        baseline = gpu_check.read_baseline(path)
+    names = {each.name for each in gpu_baseline.BENCHMARKS}
+    for path in gpu_baseline.BASELINES.glob("*.json"):
+        baseline = gpu_baseline.read_baseline(path)
         assert path.name.endswith(f"-{baseline['cards']}.json") and set(baseline["benchmarks"]) <= names
         for each in baseline["benchmarks"].values():
             assert set(each) == {"date", "commit", "versions", "command", "figures"}
@@ -423,7 +468,7 @@ def test_committed_baselines_are_sound(tmp_path: Path) -> None:
     wrong = tmp_path / "x.json"
     wrong.write_text('{"schema": 2, "benchmarks": {}}')
     with pytest.raises(ValueError, match="no baseline of schema 1"):
-        gpu_check.read_baseline(wrong)
+        gpu_baseline.read_baseline(wrong)
 
 
 @pytest.mark.parametrize("options", [["--only", "speed"], ["--cards", "3"], ["--only", "copies"]])
