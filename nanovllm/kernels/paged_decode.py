@@ -20,7 +20,7 @@ from nanovllm.kernels.launch import has_pdl, wait_for_predecessor
 
 MIN_DOT_ROWS = 16  # tl.dot's smallest tile; smaller groups are padded, their KV loads hide the arithmetic
 PROGRAMS_PER_SM = 2  # resident at once: enough KV bytes in flight to fill the memory bus
-MIN_SPLIT_TOKENS, MOST_MIN_SPLIT_TOKENS = 128, 512  # of one split: fewer cost more in partial results than they gain
+MIN_SPLIT_TOKENS = 128  # below this a split costs more in partial results than it gains
 MAX_SPLITS = 32
 
 
@@ -185,7 +185,7 @@ def paged_decode(
     row_order: Tensor | None = None,
     num_sms: int | None = None,
     num_splits: int | None = None,
-    min_split_tokens: int | None = None,
+    min_split_tokens: int = MIN_SPLIT_TOKENS,
     tiles: DecodeTiles | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -197,8 +197,8 @@ def paged_decode(
     the cache; a row of 0 gives zeros. max_context_tokens: a host bound of context_lens; only the number of
     splits depends on it, so a captured graph is right at every length that its tables can hold.
     row_order: int32 [B], the order in which rows are begun, or None: as they are. It changes no result.
-    num_sms: SMs this may run on (None: the whole card). num_splits, min_split_tokens, tiles: None for the fixed
-    choice. out: contiguous, q's shape and dtype, or None to allocate. Returns [B, H, D].
+    num_sms: SMs this may run on (None: the whole card). num_splits, min_split_tokens, tiles: None or default
+    for the fixed choice. out: contiguous, q's shape and dtype, or None to allocate. Returns [B, H, D].
     """
     num_rows, num_heads, head_dim = q.shape
     page_tokens, num_kv_heads = k_pages.shape[1:3]
@@ -207,7 +207,6 @@ def paged_decode(
     num_sms = num_sms or count_sms(q.device)
     num_programs = num_rows * num_kv_heads
     num_splits = num_splits or choose_num_splits(num_programs, max_context_tokens, num_sms)
-    min_split_tokens = min_split_tokens or choose_min_split_tokens(num_programs)
     tiles = tiles or choose_decode_tiles(q.dtype, head_dim, num_programs / num_sms, num_splits)
     out = output_like(q, out)
     parts, lse = out, out  # unread and unwritten as lse where there is one split
@@ -262,25 +261,18 @@ def choose_decode_tiles(dtype: torch.dtype, head_dim: int, programs_per_sm: floa
     """The fixed configuration table, by the unsplit programs. Each loop step reads the same bytes, or half of them.
 
     Three stages read fastest where an SM has one or two programs, or so many that the last wave does not matter. In
-    between, small programs that all fit at once win: measured at 3.9 a SM, they lose at 1.9 and, uneven, at 15.5. Split
-    programs that nearly fill the card unsplit are small too: 16x1024 took 22.5 µs so, and 25.8.
+    between, small programs that all fit at once win: measured at 3.9 a SM, they lose at 1.9 and, uneven, at 15.5. So
+    do they where the context is split and the card half full without: 22.5 µs for 16x1024 in place of 25.8, 14.4 for
+    8x1024 in place of 15.1.
     """
     if dtype == torch.float32:
         return DecodeTiles(tile_tokens=32, num_warps=4, num_stages=2)
     tile_tokens = 64 if head_dim > 64 else 128
-    if num_splits > 1 and programs_per_sm >= 0.75:
+    if num_splits > 1 and programs_per_sm >= 0.4:
         return DecodeTiles(tile_tokens // 2, num_warps=2, num_stages=4)
     if num_splits == 1 and 3 <= programs_per_sm < 8:
         return DecodeTiles(tile_tokens, num_warps=2, num_stages=2)
     return DecodeTiles(tile_tokens, num_warps=4, num_stages=3)
-
-
-def choose_min_split_tokens(num_programs: int) -> int:
-    """Tokens that a split has at least, so that short contexts are split less. The more programs without, the more.
-
-    8x1024 took 13.4 µs in halves and 15.1 in quarters, 1x512 6.4 µs in sixths and 7.4 with room for 32.
-    """
-    return max(MIN_SPLIT_TOKENS, min(triton.next_power_of_2(8 * num_programs), MOST_MIN_SPLIT_TOKENS))
 
 
 def choose_num_splits(num_programs: int, max_context_tokens: int, num_sms: int) -> int:
