@@ -121,7 +121,7 @@ def gather_inputs(
             COLUMNS=columns,
             BLOCK=min(256, triton.next_power_of_2(columns)),
             ROWS=triton.next_power_of_2(num_rows),
-            num_warps=1,
+            num_warps=min(16, max(1, triton.next_power_of_2(num_rows) // 512)),
         )
     return tokens, positions, context_lens, mapping, tables, order
 

@@ -118,14 +118,17 @@ class TritonElementwise(Elementwise):
         return self._silu_mul(gate_up)
 
     def linear(self, linear: Linear, x: Tensor) -> Tensor:
-        return self._skinny.skinny_linear(x, linear.weight) if len(x) <= self._skinny.MAX_ROWS else linear(x)
+        return self._skinny.skinny_linear(x, linear.weight) if self._is_skinny(x) else linear(x)
+
+    def _is_skinny(self, x: Tensor) -> bool:
+        return len(x) <= self._skinny.MAX_ROWS and x.shape[1] % 16 == 0
 
     def norm_linear(self, norm: RMSNorm, linear: Linear, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        if not self._skinny.should_fuse(len(x)):
+        if not (self._is_skinny(x) and self._skinny.should_fuse(len(x))):
             return super().norm_linear(norm, linear, x, residual)
         return self._skinny.norm_linear(x, residual, norm.weight, norm.eps, linear.weight)
 
     def norm_swiglu(self, norm: RMSNorm, gate_up: Linear, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        if not self._skinny.should_fuse(len(x)):
+        if not (self._is_skinny(x) and self._skinny.should_fuse(len(x))):
             return super().norm_swiglu(norm, gate_up, x, residual)
         return self._skinny.norm_gate_up(x, residual, norm.weight, norm.eps, gate_up.weight)

@@ -52,8 +52,8 @@ class SamplingBatch:
     any_random, any_top_k, any_top_p, any_min_p, any_penalty: what the host knows of the rows. Work for an
         absent feature is not even launched; True where no row needs it costs time, never correctness.
     max_top_k: at least every row's top_k. It sets a shape.
-    full_sort_rows: int64 [N], the random rows with top_p but without top_k; may name more rows than that
-        (all, for a captured graph), at the price of sorting them. None: no such row.
+    full_sort_rows: int64 [N], the random rows with top_p but without top_k; may name more rows than that,
+        at the price of sorting them. None: no such row.
     output_counts: int32 [B, V], how often each id was generated so far. None: nothing was generated yet.
     prompt_mask: bool [B, V], the ids that occur in the prompt. None: none counts.
     banned: bool [B, V], ids that must not be drawn now. A row must keep at least one. None: none banned.

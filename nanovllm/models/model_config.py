@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 DTYPES = ("bfloat16", "float16", "float32")
+LARGEST_VOCABULARY = 1 << 18  # the sampler's integer masses of so many ids fit in 64 bits
 LARGEST_NUMBER = 1 << 40  # beyond any real size or constant, and safe in 64-bit arithmetic
 ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 YARN_NUMBERS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
@@ -79,6 +80,10 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates halves")
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise ValueError(
+                f"vocab_size={self.vocab_size} is above {LARGEST_VOCABULARY}, the most the sampler can draw from"
+            )
         if self.rope_theta <= 1:
             raise ValueError(f"rope_theta={self.rope_theta} must be above 1")
         if self.dtype not in DTYPES:

@@ -151,6 +151,7 @@ def run_decode(case: Case) -> None:
     paged_decode(
         *arguments,
         max_context_tokens=max(case.contexts),
+        row_order=torch.randperm(len(case.contexts)).int() if len(case.contexts) % 2 else None,
         num_splits=case.num_splits,
         min_split_tokens=32,
         tiles=case.decode_tiles,
@@ -253,8 +254,15 @@ def launch_all(heads: int, kv_heads: int, head_dim: int, page: int, dtype: torch
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
     tables, contexts = torch.empty(64, 512 // 16, dtype=torch.int32, **meta), torch.empty(64, dtype=torch.int32, **meta)
     store_kv(k, v, k_pages, v_pages, torch.empty(64, dtype=torch.int64, **meta))
-    for num_splits in (1, 4):
-        paged_decode(q, k_pages, v_pages, tables, contexts, 512, num_splits=num_splits)
+    for rows, num_splits in ((64, 1), (256, 1), (16, 2), (1, 4)):  # every line of the table of tiles, on an H200's SMs
+        shape = (
+            q[:1].expand(rows, *q.shape[1:]),
+            k_pages,
+            v_pages,
+            tables[:1].expand(rows, -1),
+            contexts[:1].expand(rows),
+        )
+        paged_decode(*shape, 512, num_splits=num_splits, num_sms=132)
     starts = torch.empty(65, dtype=torch.int32, **meta)
     for num_tokens in (512, 4):
         tiles = choose_prefill_tiles(dtype, num_tokens * heads // kv_heads, hopper)
@@ -275,7 +283,7 @@ def launch_all(heads: int, kv_heads: int, head_dim: int, page: int, dtype: torch
 )
 def test_kernels_compile_fit_and_do_not_spill(capability: int, model: str, page: int, dtype: torch.dtype) -> None:
     reports = compile_launches(capability, lambda: launch_all(*MODELS[model], page, dtype, hopper=capability == 90))
-    assert len(reports) == 1 + 3 + 2
+    assert len(reports) == 1 + 2 + 2 * 2 + 2
     for each in reports:
         assert_fits(each)
     if dtype != torch.float32:

@@ -67,8 +67,8 @@ def check_decode(case: Case, bound: float) -> None:
     arguments = pool.q, pool.k_pages, pool.v_pages, pool.tables, pool.contexts
     out = torch.full(pool.q.shape, float("nan"), dtype=case.dtype, device="cuda")
     order = torch.randperm(len(case.contexts), device=out.device, dtype=torch.int32) if len(case.contexts) % 2 else None
-    bound = max(case.contexts)
-    paged_decode(*arguments, max_context_tokens=bound, row_order=order, num_splits=case.num_splits, out=out)
+    longest = max(case.contexts)
+    paged_decode(*arguments, max_context_tokens=longest, row_order=order, num_splits=case.num_splits, out=out)
     check_close(out, paged_decode_reference(*arguments), bound)
 
 

@@ -146,7 +146,7 @@ def replayed(llm: LLM, asks: list[Ask]) -> list[Answer]:
         answers = generate(llm, asks)
     # With overlap, how many run at once depends on when each arrived.
     assert llm.config.overlap or max(sizes, default=0) == min(len(asks), llm.config.max_num_seqs), sizes
-    assert len(replays) >= max(ask.max_tokens for ask in asks) - 1
+    assert len(replays) >= 2 * (max(ask.max_tokens for ask in asks) - 1), "a step replays the model and the sampler"
     return answers
 
 

@@ -18,7 +18,7 @@ from tests.random_work import check_nothing_left
 DEVICE = "cuda"
 PROMPTS = ["def fibonacci(n):", "import os", "class Stack:\n    def __init__(self", "for i in range("]
 GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
-# Filters and penalties sample outside the graphs: steps that allocate and free, on the card and in pinned memory.
+# Every kind of sampler, and log-probabilities: work outside the graphs that allocates and frees, on the card too.
 BUSY = [
     SamplingParams(temperature=0.8, top_k=20, repetition_penalty=1.2, max_tokens=60, ignore_eos=True),
     SamplingParams(temperature=0.7, top_p=0.9, logprobs=3, max_tokens=60, ignore_eos=True),
