@@ -255,13 +255,11 @@ def launch_all(heads: int, kv_heads: int, head_dim: int, page: int, dtype: torch
     tables, contexts = torch.empty(64, 512 // 16, dtype=torch.int32, **meta), torch.empty(64, dtype=torch.int32, **meta)
     store_kv(k, v, k_pages, v_pages, torch.empty(64, dtype=torch.int64, **meta))
     for rows, num_splits in ((64, 1), (256, 1), (16, 2), (1, 4)):  # every line of the table of tiles, on an H200's SMs
-        shape = (
-            q[:1].expand(rows, *q.shape[1:]),
-            k_pages,
-            v_pages,
-            tables[:1].expand(rows, -1),
-            contexts[:1].expand(rows),
+        tables_of, lengths = (
+            torch.empty(rows, 32, dtype=torch.int32, **meta),
+            torch.empty(rows, dtype=torch.int32, **meta),
         )
+        shape = torch.empty(rows, heads, head_dim, dtype=dtype, **meta), k_pages, v_pages, tables_of, lengths
         paged_decode(*shape, 512, num_splits=num_splits, num_sms=132)
     starts = torch.empty(65, dtype=torch.int32, **meta)
     for num_tokens in (512, 4):
