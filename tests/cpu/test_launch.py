@@ -19,7 +19,7 @@ MODULES = ("paged_decode", "qk_norm_rope_store", "rms_norm", "silu_mul")
 READS_ITS_WEIGHT_EARLY = "_add_rms_norm_kernel"  # which no kernel writes
 
 
-def launch() -> None:
+def launch(early: bool) -> None:
     """What lies between the products of Qwen3-8B, for 64 rows and for one, whose context is split."""
 
     def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -34,13 +34,14 @@ def launch() -> None:
     for rows in (64, 1):
         lengths, order = new(rows, dtype=torch.int32), new(rows, dtype=torch.int32)
         tables = new(rows, 64, dtype=torch.int32)
-        paged_decode(new(rows, 32, 128), k_pages, v_pages, tables, lengths, 4096, row_order=order, num_sms=132)
+        q, options = new(rows, 32, 128), {"row_order": order, "num_sms": 132, "pdl": early}
+        paged_decode(q, k_pages, v_pages, tables, lengths, 4096, **options)
 
 
 def test_nothing_is_touched_before_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in MODULES:
         monkeypatch.setattr(import_module(f"nanovllm.kernels.{name}"), "has_pdl", lambda device: True)
-    reports = compile_launches(90, launch)
+    reports = compile_launches(90, lambda: launch(True))
     assert len(reports) == 6, "norm, SiLU product, head norms, decode whole, decode split and its combination"
     for report in reports:
         ahead, *behind = report.ptx.split("griddepcontrol.wait")
@@ -51,4 +52,4 @@ def test_nothing_is_touched_before_the_wait(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_no_wait_where_the_launch_waits() -> None:
-    assert all("griddepcontrol" not in report.ptx for report in compile_launches(80, launch))
+    assert all("griddepcontrol" not in report.ptx for report in compile_launches(80, lambda: launch(False)))
