@@ -28,7 +28,8 @@ PARAMETERS = {  # of the published checkpoints, tied embeddings counted once
 KEYS = {
     "model", "shape", "folded_token_ids", "parameters", "mode", "overlap", "seconds", "num_seqs", "prompt_tokens",
     "output_tokens", "output_tokens_per_s", "total_tokens_per_s", "ttft_ms", "itl_ms", "cards", "host", "copies",
-    "evacuations", "attention_backend", "dtype", "devices", "versions", "commit", "arguments",
+    "evacuations", "attention_backend", "decode_graphs", "prefill_graphs", "copy_way",
+    "dtype", "devices", "versions", "commit", "arguments",
 }  # fmt: skip
 SMALL = ["--model", DEMO_MODEL, "--device", "cpu", "--num-seqs", "5", "--max-input-len", "90", "--max-output-len", "9"]
 

@@ -7,12 +7,7 @@ this file as a program, which prints one JSON object: check → its traceback, o
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import re
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,6 +27,7 @@ from nanovllm.layers.norm import RMSNorm  # noqa: E402
 from nanovllm.layers.rotary import RotaryEmbedding  # noqa: E402
 from nanovllm.models.model_config import ModelConfig, YarnScaling  # noqa: E402
 from tests.cpu.compile_check import CompileReport, assert_fits, compile_kernel, compile_launches  # noqa: E402
+from tests.cpu.interpreted import results_of, run_checks  # noqa: E402
 
 CPU = torch.device("cpu")
 EPS = 1e-6
@@ -231,26 +227,9 @@ def interpreted_silu_mul_keeps_extremes() -> None:
 CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("interpreted_")}
 
 
-def main() -> None:
-    """Run every check under the interpreter."""
-    results: dict[str, str | None] = {}
-    for seed, (name, check) in enumerate(CHECKS.items()):
-        torch.manual_seed(seed)
-        try:
-            check()
-            results[name] = None
-        except Exception:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
-
-
 @pytest.fixture(scope="module")
 def results() -> dict[str, str | None]:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.cpu.test_fused_kernels"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return results_of("tests.cpu.test_fused_kernels")
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -392,4 +371,4 @@ def reset_driver() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main()
+    run_checks(CHECKS)

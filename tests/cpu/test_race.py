@@ -7,12 +7,7 @@ JSON object: check → its traceback, or null.
 from __future__ import annotations
 
 import itertools
-import json
-import os
 import re
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +31,7 @@ from nanovllm.layers import sampler, seen_tokens  # noqa: E402
 from nanovllm.layers.sampler import SamplingBatch, sample  # noqa: E402
 from nanovllm.sampling_params import SamplingParams  # noqa: E402
 from tests.cpu.compile_check import CompileReport, assert_fits, compile_launches  # noqa: E402
+from tests.cpu.interpreted import results_of, run_checks  # noqa: E402
 
 INF = float("inf")
 QWEN3_VOCAB = 151_936
@@ -420,28 +416,9 @@ def interpreted_passes_over_a_row_are_bounded() -> None:
 CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("interpreted_")}
 
 
-def main() -> None:
-    """Run the checks named, or all, under the interpreter."""
-    results: dict[str, str | None] = {}
-    for seed, (name, check) in enumerate(CHECKS.items()):
-        if len(sys.argv) > 1 and name not in sys.argv:
-            continue
-        torch.manual_seed(seed)
-        try:
-            check()
-            results[name] = None
-        except Exception:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
-
-
 @pytest.fixture(scope="module")
 def results() -> dict[str, str | None]:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.cpu.test_race"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return results_of("tests.cpu.test_race")
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -533,4 +510,4 @@ def reset_driver() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main()
+    run_checks(CHECKS)

@@ -6,12 +6,7 @@ this file as a program, which prints one JSON object: check → its traceback, o
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
 from functools import partial
 
@@ -34,6 +29,7 @@ from nanovllm.kernels.skinny_gemm import (  # noqa: E402
     skinny_linear_reference,
 )
 from tests.cpu.compile_check import CompileReport, assert_fits, compile_launches  # noqa: E402
+from tests.cpu.interpreted import results_of, run_checks  # noqa: E402
 
 EPS = 1e-6
 DTYPES = [torch.float32, torch.float16]  # the interpreter truncates to bfloat16, where a GPU rounds
@@ -183,26 +179,9 @@ CHECKS: dict[str, Callable[[], None]] = {
 }
 
 
-def main() -> None:
-    """Run every check under the interpreter."""
-    results: dict[str, str | None] = {}
-    for seed, (name, check) in enumerate(CHECKS.items()):
-        torch.manual_seed(seed)
-        try:
-            check()
-            results[name] = None
-        except Exception:
-            results[name] = traceback.format_exc()
-    print(json.dumps(results))
-
-
 @pytest.fixture(scope="module")
 def results() -> dict[str, str | None]:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.cpu.test_skinny_gemm"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return results_of("tests.cpu.test_skinny_gemm")
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -303,4 +282,4 @@ def test_chosen_tiles_fill_the_card(model: str, M: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_checks(CHECKS)

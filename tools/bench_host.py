@@ -1,0 +1,75 @@
+"""The host's share of a decode step: one iteration of the engine loop over a card that answers at once.
+
+    python tools/bench_host.py --rows 512
+
+Needs no GPU. Milliseconds, median and 90th percentile of 100 iterations; each collects a step and launches the next.
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+from nanovllm import SamplingParams
+from nanovllm.config import Config
+from nanovllm.engine.executor import Executor, Job
+from nanovllm.engine.llm_engine import LLMEngine, OutputQueue
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Request
+from nanovllm.engine.shards import DecodeShard, PrefillShard, Shard, StepResult
+
+ITERATIONS, SETTLED, PROMPT_TOKENS, MAX_TOKENS = 100, 20, 512, 400
+
+
+class InstantCard(Executor):
+    """Every step has ended when it is launched."""
+
+    def launch(self, shard: Shard) -> None:
+        self.num_in_flight += 1
+        job = Job(shard)
+        if isinstance(shard, (DecodeShard, PrefillShard)):
+            rows = len(shard.slots) if isinstance(shard, DecodeShard) else shard.num_samples
+            job.result = StepResult([7] * rows)
+        self._completed.append(job)
+
+
+def measure(rows: int) -> list[float]:
+    """Seconds of each iteration with `rows` sequences decoding."""
+    config = Config.from_kwargs("none", {"max_num_seqs": rows})
+    blocks = rows * ((PROMPT_TOKENS + MAX_TOKENS) // config.kvcache_block_size + 2)
+    scheduler, queue = Scheduler(config, (blocks,)), OutputQueue()
+    engine = LLMEngine(config, scheduler, lambda wake: InstantCard())
+    params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=MAX_TOKENS)
+    for number in range(rows):
+        request = Request(str(number), number, None, [1] * PROMPT_TOKENS, params, max_tokens=MAX_TOKENS)
+        engine.submit(request, queue)
+    while len(scheduler.running) < rows:
+        engine.step()
+    taken = []
+    for _ in range(SETTLED + ITERATIONS):
+        started = time.perf_counter()
+        engine.step()
+        taken.append(time.perf_counter() - started)
+        queue.take(0)
+    return taken[SETTLED:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=512)
+    rows = parser.parse_args().rows
+    taken = measure(rows)
+    figures = {
+        "rows": rows,
+        "median_ms": statistics.median(taken) * 1e3,
+        "p90_ms": statistics.quantiles(taken, n=10)[8] * 1e3,
+    }
+    print(f"{rows} rows: {figures['median_ms']:.3f} ms, 90th percentile {figures['p90_ms']:.3f} ms")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
