@@ -3,6 +3,8 @@
     python bench.py --shape 0.6b                    # published sizes, random weights, no download
     python bench.py --model Qwen/Qwen3-8B --two-gpus
     python bench.py --shape 8b --decode-steps --prefill    # instead: single steps, see bench_steps.py
+    python bench.py --shape 8b --two-gpus --request-rate 20,30,40    # instead: load, see bench_load.py
+    python bench.py --shape 8b --compare one,two-replicas,pd --request-rate inf,0.5x,0.9x    # see bench_compare.py
 
 The same draws in the same order as https://github.com/GeeeekExplorer/nano-vllm (bench.py): 133,966 output tokens at
 the defaults. Prints a table; the last line is one JSON object. Warm-up is excluded from every figure.
@@ -16,10 +18,15 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from bench_compare import Comparison, add_point, compare
+from bench_curves import load_lines, plot
+from bench_load import Load, LocalEngine, measure, warm_up_load
+from bench_load_options import add_load_arguments, check_together, each, load_of, positive
 from bench_report import identity, make_report, table_rows
 from bench_steps import DECODE_CASES, PREFILL_CASES, Case, Ceiling, bench_decode_steps, bench_prefill, step_lines
 
@@ -118,7 +125,7 @@ def run_steps(args: argparse.Namespace) -> dict[str, Any]:
         warm_up(llm)
         if args.decode_steps:
             cases = args.cases or DECODE_CASES
-            figures["decode_steps"] = bench_decode_steps(llm, cases, args.repeats, ceiling)
+            figures["decode_steps"] = bench_decode_steps(llm, cases, args.repeats, ceiling, args.beside_python)
         if args.prefill:
             cases = args.cases or PREFILL_CASES
             figures["prefill"] = bench_prefill(llm, cases, args.repeats, ceiling)
@@ -126,12 +133,51 @@ def run_steps(args: argparse.Namespace) -> dict[str, Any]:
         return model | identity(llm) | figures | {"arguments": vars(args)}
 
 
+def run_load(args: argparse.Namespace) -> dict[str, Any]:
+    """Load at each rate on one engine, or on each of the modes compared; everything the JSON line holds."""
+    load = load_of(args)
+    with ExitStack() as stack:
+        figures = run_comparison(args, load, stack) if args.compare else run_rates(args, load, stack)
+    if args.plot:
+        best = {(row["mode"], row["rate"], row["budget"]) for row in figures.get("best", ())}
+        points = [p for p in figures["points"] if not best or (p["mode"], p["rate"], p["budget"]) in best]
+        plot(points, args.plot)
+    return {"model": args.model, "shape": args.shape} | figures | {"arguments": printable(vars(args))}
+
+
+def run_rates(args: argparse.Namespace, load: Load, stack: ExitStack) -> dict[str, Any]:
+    target = LocalEngine(llm := make_llm(args, stack))
+    if args.warmup:
+        warm_up_load(llm, args.input_len)
+    figures: dict[str, Any] = {"points": [], "about": {}}
+    for rate in args.request_rate:
+        add_point(figures, "pd" if args.two_gpus else "one", target, measure(target, load, rate, rate.number))
+    return figures
+
+
+def run_comparison(args: argparse.Namespace, load: Load, stack: ExitStack) -> dict[str, Any]:
+    options = engine_options(args)
+    ids = options.pop("prefill_device_id", 0), options.pop("decode_device_id", 1)
+    warm_up_tokens = args.input_len if args.warmup else None
+    lists = args.compare, args.budgets, args.request_rate
+    return compare(Comparison(make_folder(args, stack), options, ids, *lists, load, warm_up_tokens))
+
+
+def printable(arguments: dict[str, Any]) -> dict[str, Any]:
+    rates = [rate.label for rate in arguments["request_rate"]]
+    return arguments | {"request_rate": rates, "plot": arguments["plot"] and str(arguments["plot"])}
+
+
 def make_llm(args: argparse.Namespace, stack: ExitStack) -> LLM:
     """The engine to measure, closed with the stack."""
     from nanovllm import LLM
 
-    folder = args.model or write_shape(Path(stack.enter_context(tempfile.TemporaryDirectory())), args.shape)
-    return stack.enter_context(LLM(str(folder), **engine_options(args)))
+    return stack.enter_context(LLM(make_folder(args, stack), **engine_options(args)))
+
+
+def make_folder(args: argparse.Namespace, stack: ExitStack) -> str:
+    """The checkpoint; one made for a shape goes with the stack."""
+    return args.model or str(write_shape(Path(stack.enter_context(tempfile.TemporaryDirectory())), args.shape))
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -148,7 +194,10 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "decode_device_id": args.decode_device,
         "max_model_len": args.max_model_len,
         "max_num_seqs": args.max_num_seqs,
+        "max_num_batched_tokens": args.max_num_batched_tokens,
         "num_kvcache_blocks": args.num_kvcache_blocks,
+        "pd_roles": args.pd_roles,
+        "itl_slo_ms": args.itl_slo_ms,
     }
     return {name: value for name, value in options.items() if value is not None}
 
@@ -183,6 +232,7 @@ def make_parser() -> Parser:
     parser.add_argument("--seed", type=int, default=0, help="of the workload and of the engine's sampling")
     parser.add_argument("--warmup", action=argparse.BooleanOptionalAction, default=True, help="a request beforehand")
     add_step_arguments(parser.add_argument_group("single steps, instead of the workload"))
+    add_load_arguments(parser.add_argument_group("load, instead of the workload", "definitions: bench_metrics.py"))
     add_engine_arguments(parser.add_argument_group("engine", "as in nanovllm.Config; left out: its defaults"))
     return parser
 
@@ -190,19 +240,18 @@ def make_parser() -> Parser:
 def add_step_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--decode-steps", action="store_true", help="time decode steps of full batches")
     group.add_argument("--prefill", action="store_true", help="time whole prompts")
-    group.add_argument("--cases", type=case_list, metavar="BATCHxTOKENS,...", help="left out: the table of the docs")
+    group.add_argument(
+        "--cases", type=each(case_name), metavar="BATCHxTOKENS,...", help="left out: the table of the docs"
+    )
     group.add_argument("--repeats", type=positive, default=5)
+    group.add_argument("--beside-python", action="store_true", help="time steps also beside a thread of pure Python")
     group.add_argument("--read-tb-per-s", type=float, default=4.45, help="of the card's memory; default: an H200's")
     group.add_argument("--tflops", type=float, default=797.0, help="of the card's bf16 products; default: an H200's")
 
 
-def case_list(text: str) -> list[str]:
-    for case in (cases := text.split(",")):
-        try:
-            Case.parse(case)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-    return cases
+def case_name(text: str) -> str:
+    Case.parse(text)
+    return text
 
 
 def add_engine_arguments(group: argparse._ArgumentGroup) -> None:
@@ -211,16 +260,13 @@ def add_engine_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--decode-device", type=int, metavar="ID")
     group.add_argument("--max-model-len", type=int, metavar="TOKENS")
     group.add_argument("--max-num-seqs", type=int, metavar="N")
+    group.add_argument("--max-num-batched-tokens", type=int, metavar="TOKENS", help="of a step; see --budgets")
+    group.add_argument("--pd-roles", choices=("elastic", "strict"))
+    group.add_argument("--itl-slo-ms", type=float, metavar="MS")
     group.add_argument("--num-kvcache-blocks", type=block_counts, metavar="N[,N]", help="a card, or card 0,card 1")
     group.add_argument("--enforce-eager", action="store_true")
     group.add_argument("--attention-backend", choices=("auto", "flash_attn", "triton", "torch"), default="auto")
     group.add_argument("--no-overlap", dest="overlap", action="store_false", help="one loop, nothing in flight")
-
-
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
-    return number
 
 
 def block_counts(text: str) -> int | tuple[int, ...]:
@@ -236,17 +282,24 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
-        figures = run_steps(args) if args.decode_steps or args.prefill else run(args)
+        check_together(args)
+        figures = chosen_run(args)(args)
     except (ValueError, FileNotFoundError) as error:  # the library's words for a caller's mistake
         parser.error(str(error))
     print_figures(figures)
     return 0
 
 
+def chosen_run(args: argparse.Namespace) -> Callable[[argparse.Namespace], dict[str, Any]]:
+    if args.request_rate:
+        return run_load
+    return run_steps if args.decode_steps or args.prefill else run
+
+
 def print_figures(figures: dict[str, Any]) -> None:
-    whole = "seconds" in figures
+    lines = {"seconds": table_rows, "points": load_lines}
     rows = [("model", figures["model"] or f"shape {figures['shape']}, random weights")]
-    rows += table_rows(figures) if whole else step_lines(figures)
+    rows += next((lines[key] for key in lines if key in figures), step_lines)(figures)
     if figures.get("folded_token_ids"):
         rows.append(("note", f"token ids up to {LARGEST_TOKEN_ID} were folded into the smaller vocabulary"))
     width = 1 + max(10, *(len(name) for name, _ in rows))

@@ -72,14 +72,18 @@ def percentiles_ms(seconds: Sequence[float]) -> dict[str, float | None]:
 
 
 def card_figures(before: Stats, after: Stats, card: int, seconds: float, runner: Any) -> Stats:
-    """What one card did in the timed part. `busy_share`: of `seconds`, in which it ran a step."""
-    old, new = before[f"card{card}"], after[f"card{card}"]
-    kinds = [f"{work}_{unit}" for work in ("prefill", "decode") for unit in ("steps", "tokens", "seconds")]
-    done = {name: new[name] - old[name] for name in kinds}
-    busy = done["prefill_seconds"] + done["decode_seconds"]
-    figures = {"card": card, "device": device_name(runner.device), **done, "busy_share": busy / seconds}
-    rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
-    return rounded | {"kv_blocks": after[f"card{card}_blocks"]["total"]}
+    """What one card did in the timed part."""
+    steps = steps_of(before[f"card{card}"], after[f"card{card}"], seconds)
+    blocks = after[f"card{card}_blocks"]["total"]
+    return {"card": card, "device": device_name(runner.device)} | steps | {"kv_blocks": blocks}
+
+
+def steps_of(before: Stats, after: Stats, seconds: float) -> Stats:
+    """A card's steps between its two statistics, by kind. `busy_share`: of `seconds`, in which it ran one."""
+    kinds = [name for name in after if name.endswith(("_steps", "_tokens", "_seconds"))]
+    done = {name: after[name] - before[name] for name in kinds}
+    done["busy_share"] = sum(done[name] for name in kinds if name.endswith("_seconds")) / seconds
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in done.items()}
 
 
 def host_figures(before: Stats, after: Stats) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import secrets
 import sys
@@ -134,9 +135,13 @@ class LLM:
 
     # -- one step at a time
 
-    def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> str:
-        """Queue a request for `step()`; returns its id."""
-        return self._submit(prompt, params, self._steps).request_id
+    def add_request(self, prompt: Prompt, params: SamplingParams | None = None, arrived_s: float | None = None) -> str:
+        """Queue a request for `step()` or `take_finished()`; returns its id.
+
+        arrived_s: when it arrived, in seconds of `time.perf_counter()`, left out: now. Its metrics count from there;
+        its place in the queue does not depend on it.
+        """
+        return self._submit(prompt, params, self._steps, arrived_s).request_id
 
     def step(self) -> list[RequestOutput]:
         """Requests of `add_request` that advanced or ended since the last call; waits for one. [] if none is left."""
@@ -145,6 +150,15 @@ class LLM:
             while not outputs and self._engine.has_unfinished(self._steps):
                 outputs = self._news(self._engine.wait(self._steps))
             return outputs
+
+    def take_finished(self) -> list[RequestOutput]:
+        """Requests of `add_request` that ended since this or `step()` last told of an end; does not wait for one.
+
+        For callers with many requests and no use for pieces: looks at each request that advanced once, however many
+        tokens it made. Runs nothing: without `overlap` only `step()` does.
+        """
+        with self._steps_lock:
+            return self._news([request for request in self._steps.take(0) if request.finished])
 
     def abort(self, request_id: str) -> None:
         """End a request soon, from any thread; unknown and finished ids are left alone."""
@@ -187,8 +201,13 @@ class LLM:
         checked = [self._check(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
         return [self._make_request(*arguments) for arguments in checked]
 
-    def _submit(self, prompt: Prompt, params: SamplingParams | None, queue: OutputQueue) -> Request:
+    def _submit(
+        self, prompt: Prompt, params: SamplingParams | None, queue: OutputQueue, arrived_s: float | None = None
+    ) -> Request:
+        _check_arrival(arrived_s)
         (request,) = self._checked([prompt], as_params(params, 1))
+        if arrived_s is not None:
+            request.timeline.arrived = arrived_s
         self._engine.submit(request, queue)
         return request
 
@@ -260,6 +279,14 @@ class LLM:
                     yield from piece.of(completion, self.tokenizer.available)
         finally:
             self._engine.abort(request.request_id)
+
+
+def _check_arrival(arrived_s: Any) -> None:
+    if arrived_s is None:
+        return
+    number = isinstance(arrived_s, (int, float)) and not isinstance(arrived_s, bool)
+    if not number or not -math.inf < arrived_s <= time.perf_counter():
+        raise ValueError(f"arrived_s={arrived_s!r} must be seconds of time.perf_counter(), not beyond its now")
 
 
 def _is_conversation(value: Any) -> bool:
