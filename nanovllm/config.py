@@ -11,6 +11,7 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 DEVICES = ("auto", "cuda", "cpu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
+PD_ROLES = ("elastic", "strict")
 ATTENTION_BACKENDS = ("auto", "flash_attn", "triton", "torch")
 MAX_RUN_AHEAD = 4
 
@@ -24,10 +25,15 @@ class Config:
     its own memory. `decode_backlog_high/low`: sequences prefilled but not yet decoding at which prefill pauses
     and resumes (None: half of `max_num_seqs`, and half of that). `run_ahead`: decode steps launched beyond the
     one whose result the host is waiting for.
+    `max_num_batched_tokens`: of a step; on one card, of prompts and decode rows together.
+    `pd_roles`: "strict" cards prefill or decode; "elastic" ones help each other out. `itl_slo_ms`: what a decode step
+    may take with a part of a prompt in it (None: twice what it takes without); elastic roles only.
     """
 
     model: str
     enable_two_gpu_pd: bool = False
+    pd_roles: str = "elastic"
+    itl_slo_ms: float | None = None
     prefill_device_id: int = 0
     decode_device_id: int = 1
     device: str = "auto"
@@ -83,6 +89,7 @@ class Config:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        _one_of("pd_roles", self.pd_roles, PD_ROLES)
         _one_of("kvcache_block_size", self.kvcache_block_size, BLOCK_SIZES)
 
     def _check_ranges(self) -> None:
@@ -94,6 +101,9 @@ class Config:
         utilization = self.gpu_memory_utilization
         if not isinstance(utilization, (int, float)) or isinstance(utilization, bool) or not 0 < utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={utilization!r} must be in (0, 1]")
+        slo_ms = self.itl_slo_ms
+        if slo_ms is not None and (isinstance(slo_ms, bool) or not isinstance(slo_ms, (int, float)) or not slo_ms > 0):
+            raise ValueError(f"itl_slo_ms={slo_ms!r} must be None or a number of milliseconds above 0")
         for count in self._block_counts():
             _integer("num_kvcache_blocks", count, 2, 1 << 31)
         for name in ("decode_backlog_high", "decode_backlog_low"):

@@ -19,7 +19,7 @@ from nanovllm.engine.executor import Executor, Job
 from nanovllm.engine.llm_engine import LLMEngine, OutputQueue
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Request
-from nanovllm.engine.shards import DecodeShard, PrefillShard, Shard, StepResult
+from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, Shard, StepResult
 
 ITERATIONS, SETTLED, PROMPT_TOKENS, MAX_TOKENS = 100, 20, 512, 400
 
@@ -30,9 +30,10 @@ class InstantCard(Executor):
     def launch(self, shard: Shard) -> None:
         self.num_in_flight += 1
         job = Job(shard)
-        if isinstance(shard, (DecodeShard, PrefillShard)):
-            rows = len(shard.slots) if isinstance(shard, DecodeShard) else shard.num_samples
-            job.result = StepResult([7] * rows)
+        if isinstance(shard, MixedShard):
+            job.result = StepResult([7] * (shard.prefill.num_samples + len(shard.decode.slots)))
+        elif not isinstance(shard, CopyShard):
+            job.result = StepResult([7] * (len(shard.slots) if isinstance(shard, DecodeShard) else shard.num_samples))
         self._completed.append(job)
 
 
@@ -46,7 +47,7 @@ def measure(rows: int) -> list[float]:
     for number in range(rows):
         request = Request(str(number), number, None, [1] * PROMPT_TOKENS, params, max_tokens=MAX_TOKENS)
         engine.submit(request, queue)
-    while len(scheduler.running) < rows:
+    while len(scheduler.main_batch.running) < rows:
         engine.step()
     taken = []
     for _ in range(SETTLED + ITERATIONS):

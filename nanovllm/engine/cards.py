@@ -112,9 +112,31 @@ def prepare(runners: list[ModelRunner], config: Config, seconds: dict[str, float
     logger.info("attention: %s", attention)
     if not config.enforce_eager and attention != "torch":  # the torch backend's shapes follow the lengths
         with timed(seconds, "capture_s"):
-            runners[-1].capture()
-            if attention == "triton":  # FlashAttention's launches depend on the lengths of a step
-                runners[0].capture_prefill(config.max_num_batched_tokens)
+            for card, runner in enumerate(runners):
+                capture(runner, card, config)
+
+
+def capture(runner: ModelRunner, card: int, config: Config) -> None:
+    """The steps that a card of the configured roles takes."""
+    most = config.max_num_batched_tokens
+    # FlashAttention's prefill sizes its launches, and the tables it reads, by the lengths of a step on the host.
+    captures_prompts = runner.model.attention.name == "triton"
+    if decodes(config, card):
+        runner.capture()
+        if captures_prompts and mixes(config):
+            runner.capture_mixed(most)
+    if captures_prompts and card == 0:
+        runner.capture_prefill(most)
+
+
+def decodes(config: Config, card: int) -> bool:
+    """Whether a card ever decodes: the last one does, and with elastic roles each."""
+    return mixes(config) or card == 1
+
+
+def mixes(config: Config) -> bool:
+    """Whether steps may hold prompts and decode rows at once: those of one card always, those of two by their roles."""
+    return not config.enable_two_gpu_pd or config.pd_roles == "elastic"
 
 
 def warm_copies(runner: ModelRunner, runners: list[ModelRunner]) -> None:

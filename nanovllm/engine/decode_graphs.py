@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanovllm.engine.kv_cache import KVCache
+from nanovllm.engine.prefill_graphs import MAX_SEQUENCES
 from nanovllm.engine.slot_state import ALIVE, MIN_TOKENS, SlotState
 from nanovllm.kernels.decode_state import advance, gather_inputs
 from nanovllm.layers.attention import DecodeMetadata
@@ -54,39 +54,48 @@ class DecodeGraphs:
         device, size = self.slots.device, self.max_num_seqs
         self.buckets = bucket_sizes(size)
         self.slots_B = torch.full((size,), self.slots.null_slot, dtype=torch.int64, device=device)
-        self.logits_BV = torch.zeros(size, self.model.config.vocab_size, dtype=torch.float32, device=device)
+        # A mixed step writes the logits of its prompts, if it is captured, ahead of those of its decode rows.
+        shape = MAX_SEQUENCES + size, self.model.config.vocab_size
+        self.mixed_logits_RV = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.logits_BV = self.mixed_logits_RV[MAX_SEQUENCES:]
         self.token_ids_B = torch.zeros(size, dtype=torch.int64, device=device)
         self.slots.need_seen()
         started = time.perf_counter()
-        pool = torch.cuda.graph_pool_handle()
+        self.pool = torch.cuda.graph_pool_handle()
         for bucket in reversed(self.buckets):  # largest first: smaller ones fit into its memory
-            self._capture(bucket, pool)
+            self._capture(bucket)
         torch.cuda.synchronize(device)
         self.capture_seconds = time.perf_counter() - started
 
-    def _capture(self, bucket: int, pool: Any) -> None:
-        self._model_graphs[bucket] = self._graph_of(partial(self._run_model, bucket), pool)
+    def _capture(self, bucket: int) -> None:
+        self._model_graphs[bucket] = self.graph_of(partial(self._run_model, bucket))
         for kind in SAMPLER_KINDS:
-            self._samplers[bucket, kind] = self._graph_of(partial(self._run_sampler, bucket, kind), pool)
+            self._samplers[bucket, kind] = self.graph_of(partial(self._run_sampler, bucket, kind))
 
-    def _graph_of(self, run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+    def graph_of(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """Capture what `run` queues on the current stream, after having run it once, with memory of the shared pool."""
         run()  # compiles what is not compiled yet, and warms the libraries' workspaces
         graph = torch.cuda.CUDAGraph()
-        with self._capturing(graph, pool):
+        with self._capturing(graph):
             run()
         return graph
 
-    def _capturing(self, graph: torch.cuda.CUDAGraph, pool: Any) -> torch.cuda.graph:
+    def _capturing(self, graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
         """On the current stream. thread_local: another engine of this process may allocate and wait meanwhile."""
         stream = torch.cuda.current_stream()
-        return torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+        return torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local")
 
-    def _run_model(self, bucket: int) -> None:
+    def inputs(self, bucket: int) -> tuple[Tensor, Tensor, DecodeMetadata]:
+        """(token ids, positions, metadata) of a step of `bucket` rows, those of `set_slots`. Queues one kernel."""
         state, block_size = self.slots, self.kv_cache.block_size
         tokens_B, positions_B, context_lens_B, mapping_B, tables_BN, order_B = gather_inputs(
             self.slots_B[:bucket], state.integers_S7, state.block_tables_SN, block_size, state.null_block, ALIVE
         )
         metadata = DecodeMetadata(context_lens_B, tables_BN, mapping_B, self.max_context_tokens, order_B)
+        return tokens_B, positions_B, metadata
+
+    def _run_model(self, bucket: int) -> None:
+        tokens_B, positions_B, metadata = self.inputs(bucket)
         logits_BV = self.logits_BV[:bucket]
         self.model.forward_decode(tokens_B, positions_B, self.kv_cache, metadata, out=logits_BV)
 
@@ -95,20 +104,27 @@ class DecodeGraphs:
         draw(kind, self.logits_BV[:bucket], slots_B, state.floats_S6, state.integers_S7, state.seen_SV, token_ids_B)
         advance(slots_B, token_ids_B, state.integers_S7, state.end_ids_SK, state.null_slot, ALIVE, MIN_TOKENS)
 
-    def replay_model(self, slots: tuple[int, ...]) -> tuple[Tensor, int]:
-        """Launch the model for these slots; logits [len(slots), vocab], valid until the next replay, and the bucket."""
-        bucket = next(size for size in self.buckets if size >= len(slots))
+    def bucket_of(self, num_rows: int) -> int:
+        """The smallest that holds them."""
+        return next(size for size in self.buckets if size >= num_rows)
+
+    def set_slots(self, slots: tuple[int, ...]) -> None:
+        """The rows of the next step, and behind them the null slot throughout: mixed steps have larger buckets."""
         if slots != self._slots:  # most steps have the rows of the step before
-            padded = [*slots, *[self.slots.null_slot] * (bucket - len(slots))]
-            self.slots_B[:bucket].copy_(torch.tensor(padded).pin_memory(), non_blocking=True)
+            padded = [*slots, *[self.slots.null_slot] * (self.max_num_seqs - len(slots))]
+            self.slots_B.copy_(torch.tensor(padded).pin_memory(), non_blocking=True)
             self._slots = slots
-        self._model_graphs[bucket].replay()
-        return self.logits_BV[: len(slots)], bucket
 
-    def replay_sampler(self, kind: SamplerKind, num_rows: int, bucket: int) -> Tensor:
-        """Launch the bucket's sampler of that kind, which advances its slots.
+    def replay_model(self, slots: tuple[int, ...]) -> Tensor:
+        """Launch the model for these slots; logits [len(slots), vocab], valid until the next replay."""
+        self.set_slots(slots)
+        self._model_graphs[self.bucket_of(len(slots))].replay()
+        return self.logits_BV[: len(slots)]
 
-        Returns their ids, valid until the next replay. Penalties change the logits of `replay_model`.
+    def replay_sampler(self, kind: SamplerKind, num_rows: int) -> Tensor:
+        """Launch the draw of that kind for the rows of `set_slots`, from `logits_BV`; their slots advance.
+
+        Returns the ids, valid until the next replay. Penalties change the logits.
         """
-        self._samplers[bucket, kind].replay()
+        self._samplers[self.bucket_of(num_rows), kind].replay()
         return self.token_ids_B[:num_rows]

@@ -17,7 +17,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from nanovllm.engine.shards import CopyShard, DecodeShard, PrefillShard, Shard, StepResult
+from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillShard, Shard, StepResult
 
 
 class Handle(Protocol):
@@ -33,6 +33,7 @@ class Runner(Protocol):
 
     def run_prefill(self, shard: PrefillShard) -> Handle: ...
     def run_decode_core(self, shard: DecodeShard) -> Handle: ...
+    def run_mixed(self, shard: MixedShard) -> Handle: ...
     def run_copy(self, shard: CopyShard, target: Any, after: Any) -> Handle: ...
 
 
@@ -94,6 +95,8 @@ def _run_on(runners: Mapping[int, Runner], shard: Shard, after: Any) -> Handle:
         return runners[shard.card].run_prefill(shard)
     if isinstance(shard, DecodeShard):
         return runners[shard.card].run_decode_core(shard)
+    if isinstance(shard, MixedShard):
+        return runners[shard.card].run_mixed(shard)
     return runners[shard.src].run_copy(shard, runners[shard.dst], after)
 
 
@@ -180,8 +183,7 @@ class ThreadedExecutor(Executor):
         self._runners = runners
         self._notify = notify
         self._steps: dict[int, deque[tuple[int, Job]]] = {card: deque() for card in runners}
-        # Two cards copy to each other; one card copies only within itself (private tails of n > 1).
-        routes = {(src, dst) for src in runners for dst in runners if src != dst or len(runners) == 1}
+        routes = {(src, dst) for src in runners for dst in runners}  # within a card: private tails of n > 1
         launch_step = partial(launch_on, runners)
         self._cards = {card: Worker(f"card{card}", launch_step, self._complete) for card in runners}
         self._links = {

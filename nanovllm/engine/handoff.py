@@ -2,8 +2,8 @@
 
 `handoff` is mirroring after prefill, evacuation, return, write-back and the private tails of n > 1: whole blocks
 from one card's table to another's, not before the last step that may have written them. Blocks on both cards
-are taken all or nothing: nobody holds one card's blocks while waiting for the other's. With one card, `prefill`
-and `decode` are the same index, and what would be a copy to another card is nothing, or a registration.
+are taken all or nothing: nobody holds one card's blocks while waiting for the other's. Where a prompt is prefilled on
+the card that decodes it, what would be a copy to another card is nothing, or a registration.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ class PendingCopy:
     target_versions: tuple[int, ...]
     done: Callable[[], None]
     lease: SequenceLease | None  # held for the copy's own sake (write-back); None: a sequence holds its own
-    num_freed_blocks: int  # of the decode card, once it has ended
+    num_freed_blocks: int  # of the card it leaves, once it has ended
 
 
 class Handoff:
-    """Block tables of all sequences over the cards of one engine, and the copies in flight between them."""
+    """Block tables of all sequences over the cards of one engine, and the copies in flight between them.
+
+    `prefill`: the card whose cache is looked up for prefixes. `decode`: the other one, or the same.
+    """
 
     def __init__(self, managers: Mapping[int, BlockManager], prefill: int, decode: int, prefix_caching: bool) -> None:
         self.managers = managers
@@ -39,15 +42,10 @@ class Handoff:
         self.outbox: list[CopyShard] = []
         self._num_copies = 0
 
-    @property
-    def two_cards(self) -> bool:
-        return self.prefill != self.decode
-
-    @property
-    def num_coming_blocks(self) -> int:
-        """Blocks of the decode card that will be free without anything further being decided."""
-        leaving = sum(copy.num_freed_blocks for copy in self.pending.values())
-        return leaving + self.managers[self.decode].num_retired_blocks
+    def num_coming_blocks(self, card: int) -> int:
+        """Blocks of a card that will be free without anything further being decided."""
+        leaving = sum(copy.num_freed_blocks for copy in self.pending.values() if copy.shard.src == card)
+        return leaving + self.managers[card].num_retired_blocks
 
     def drain_outbox(self) -> list[CopyShard]:
         shards, self.outbox = self.outbox, []
@@ -83,31 +81,39 @@ class Handoff:
 
     # -- prefill: both cards' blocks, then mirroring chunk by chunk
 
-    def admit(self, group: PrefillGroup, reserve_blocks: int) -> bool:
-        """Take every block that prefill and the first decode step need, on both cards, or none.
+    def admit(self, group: PrefillGroup, prefill: int, decode: int, reserve_blocks: int) -> bool:
+        """Take every block that prefill on one card and the first decode step on another, or the same, need, or none.
 
         `reserve_blocks` stay free on the decode card for sequences that already run there.
         """
         full, tail = divmod(group.num_tokens, self.block_size)
         hashes = self._hashes(group.leader, full)
-        cached = self.managers[self.prefill].lookup(hashes[: (group.num_tokens - 1) // self.block_size])
-        if self.two_cards:
+        cached = self.managers[prefill].lookup(hashes[: (group.num_tokens - 1) // self.block_size])
+        old, group.cards = group.cards, (prefill, decode)
+        if prefill != decode:
             taken = self._admit_two(group, full, tail, hashes, cached, reserve_blocks)
         else:
             taken = self._admit_one(group, full, tail, cached, reserve_blocks)
         if taken:
             group.num_launched_tokens = len(cached) * self.block_size
+        else:
+            group.cards = old
         return taken
+
+    def num_cached_tokens(self, group: PrefillGroup) -> int:
+        """Leading tokens of a waiting prompt that the prefix cache holds."""
+        hashes = self._hashes(group.leader, (group.num_tokens - 1) // self.block_size)
+        return len(self.managers[self.prefill].lookup(hashes)) * self.block_size
 
     def _admit_one(self, group: PrefillGroup, full: int, tail: int, cached: list[int], reserve_blocks: int) -> bool:
         private = 1 if tail or group.needs_decode else 0
         fresh = full - len(cached) + private * len(group.sequences)
-        if not self._has_room(self.prefill, cached, fresh, reserve_blocks):
+        if not self._has_room(group.decode_card, cached, fresh, reserve_blocks):
             return False
         shared, num_fresh = cached, full - len(cached) + private
         for sequence in group.sequences:
             sequence.lease = SequenceLease(self.managers)
-            table = sequence.lease.take(self.prefill, shared, num_fresh)
+            table = sequence.lease.take(group.decode_card, shared, num_fresh)
             shared, num_fresh = table[:full], private  # siblings share the prompt's full blocks
         return True
 
@@ -115,17 +121,17 @@ class Handoff:
         self, group: PrefillGroup, full: int, tail: int, hashes: list[BlockHash], cached: list[int], reserve_blocks: int
     ) -> bool:
         fresh = full - len(cached) + (1 if tail else 0)
-        resident = self.managers[self.decode].lookup(hashes)
+        resident = self.managers[group.decode_card].lookup(hashes)
         decode_fresh = full - len(resident) + len(group.sequences) if group.needs_decode else 0
-        if not self._has_room(self.prefill, cached, fresh, 0):
+        if not self._has_room(group.prefill_card, cached, fresh, 0):
             return False
-        if group.needs_decode and not self._has_room(self.decode, resident, decode_fresh, reserve_blocks):
+        if group.needs_decode and not self._has_room(group.decode_card, resident, decode_fresh, reserve_blocks):
             return False
         for sequence in group.sequences:
             sequence.lease = SequenceLease(self.managers)
         lease = group.leader.lease
         assert lease is not None
-        lease.take(self.prefill, cached, fresh)
+        lease.take(group.prefill_card, cached, fresh)
         if group.needs_decode:
             self._open_decode_tables(group, full, resident)
         return True
@@ -135,7 +141,7 @@ class Handoff:
         shared, num_fresh = resident, full - len(resident) + 1
         for sequence in group.sequences:
             assert sequence.lease is not None
-            table = sequence.lease.take(self.decode, shared, num_fresh)
+            table = sequence.lease.take(group.decode_card, shared, num_fresh)
             shared, num_fresh = table[:full], 1
 
     def _has_room(self, card: int, shared: list[int], num_fresh: int, reserve_blocks: int) -> bool:
@@ -148,14 +154,14 @@ class Handoff:
             return []
         full, tail = divmod(group.num_launched_tokens, self.block_size)
         assert group.leader.lease is not None
-        source = group.leader.lease.tables[self.prefill]
-        target = group.leader.lease.tables[self.decode]
+        source = group.leader.lease.tables[group.prefill_card]
+        target = group.leader.lease.tables[group.decode_card]
         pairs = []
-        if self.two_cards:
+        if group.changes_cards:
             pairs = [(source[i], target[i]) for i in range(group.num_mirrored_blocks, full)]
             group.num_mirrored_blocks = max(full, group.num_mirrored_blocks)
         if tail and group.num_launched_tokens == group.num_tokens:
-            tables = [sequence.lease.tables[self.decode] for sequence in group.sequences if sequence.lease]
+            tables = [sequence.lease.tables[group.decode_card] for sequence in group.sequences if sequence.lease]
             pairs += [(source[full], table[full]) for table in tables if table is not source]
         return pairs
 
@@ -170,81 +176,71 @@ class Handoff:
             group.copies_in_flight -= 1
             done()
 
-        self.handoff(self.prefill, self.decode, pairs, after_step, finish)
+        self.handoff(*group.cards, pairs, after_step, finish)
 
     def register_prefilled(self, group: PrefillGroup, num_tokens: int) -> None:
         """The prefill card has written the leader's first `num_tokens`: their full blocks can be found from now on."""
         lease = group.leader.lease
-        if lease is not None and self.prefill in lease.tables:
-            self._register(self.prefill, group.leader, num_tokens // self.block_size)
+        if lease is not None and group.prefill_card in lease.tables:
+            self._register(group.prefill_card, group.leader, num_tokens // self.block_size)
 
     def register_resident(self, group: PrefillGroup) -> None:
         """The decode card holds the prompt: its full blocks may be shared there while a sequence lives."""
-        if self.two_cards and group.needs_decode and group.members:
-            self._register(self.decode, group.members[0], group.num_tokens // self.block_size)
+        if group.changes_cards and group.needs_decode and group.members:
+            self._register(group.decode_card, group.members[0], group.num_tokens // self.block_size)
 
     # -- evacuation, return, write-back
 
-    def evacuate(self, sequence: Sequence, done: Callable[[], None]) -> bool:
-        """Start moving a sequence to the prefill card; False if that is full too."""
+    def move(
+        self,
+        sequence: Sequence,
+        dst: int,
+        num_tokens: int,
+        reserve_blocks: int,
+        after_step: int,
+        done: Callable[[], None],
+    ) -> bool:
+        """Start moving a sequence to card `dst`, where it takes blocks for `num_tokens`; False if there is no room.
+
+        `after_step`: the last step of its card that may still write its blocks. `done` runs when it has arrived,
+        unless it has finished meanwhile.
+        """
         lease = sequence.lease
         assert lease is not None
-        if not self.two_cards:
+        ((src, source),) = lease.tables.items()
+        num_kv_tokens = sequence.num_kv_tokens
+        known_tokens = min(num_kv_tokens, len(sequence.tokens))  # the rest is still in flight
+        held = self.managers[dst].lookup(self._hashes(sequence, known_tokens // self.block_size))
+        num_fresh = self._blocks_for(num_tokens) - len(held)
+        if not self._has_room(dst, held, num_fresh, reserve_blocks):
             return False
-        num_blocks = self._blocks_for(sequence.num_kv_tokens)
-        known_tokens = min(sequence.num_kv_tokens, len(sequence.tokens))  # the rest is still in flight
-        held = self.managers[self.prefill].lookup(self._hashes(sequence, known_tokens // self.block_size))
-        if not self._has_room(self.prefill, held, num_blocks - len(held), 0):
-            return False
-        target = lease.take(self.prefill, held, num_blocks - len(held))
-        pairs = list(zip(lease.tables[self.decode][len(held) : num_blocks], target[len(held) :], strict=True))
+        target = lease.take(dst, held, num_fresh)
+        last = self._blocks_for(num_kv_tokens)
+        pairs = list(zip(source[len(held) : last], target[len(held) : last], strict=True))
 
         def finish() -> None:
             if not sequence.finished:
-                lease.drop(self.decode)
-                self._register(self.prefill, sequence, sequence.num_kv_tokens // self.block_size)
+                lease.drop(src)
+                self._register(dst, sequence, num_kv_tokens // self.block_size)
                 done()
 
-        after_step, leaving = self.managers[self.decode].launched_steps, len(lease.tables[self.decode])
-        self.handoff(self.decode, self.prefill, pairs, after_step, finish, num_freed_blocks=leaving)
+        self.handoff(src, dst, pairs, after_step, finish, num_freed_blocks=len(source))
         return True
 
-    def bring_back(self, sequence: Sequence, reserve_blocks: int, done: Callable[[], None]) -> bool:
-        """Start moving an evacuated sequence to the decode card; False if there is no room yet."""
-        lease = sequence.lease
-        assert lease is not None
-        full = sequence.num_kv_tokens // self.block_size
-        resident = self.managers[self.decode].lookup(self._hashes(sequence, full))
-        num_fresh = full + 1 - len(resident)  # one more than full: the block that the next step writes
-        if not self._has_room(self.decode, resident, num_fresh, reserve_blocks):
-            return False
-        source = lease.tables[self.prefill]
-        target = lease.take(self.decode, resident, num_fresh)
-        pairs = list(zip(source[len(resident) :], target[len(resident) :], strict=False))
-
-        def finish() -> None:
-            if not sequence.finished:
-                lease.drop(self.prefill)
-                self._register(self.decode, sequence, full)
-                done()
-
-        self.handoff(self.prefill, self.decode, pairs, 0, finish)
-        return True
-
-    def write_back(self, sequence: Sequence) -> int | None:
-        """Make a sequence's full blocks findable on the prefill card, copying those it lacks.
+    def write_back(self, sequence: Sequence, card: int) -> int | None:
+        """Make full blocks of a sequence that is whole on `card` findable on the prefill card, copying what it lacks.
 
         Best effort: it takes blocks that are free now and never waits. The KV of the last token does not exist.
         Returns the number of blocks copied, None if there was no room for them.
         """
         lease = sequence.lease
         num_full = (len(sequence.tokens) - 1) // self.block_size
-        if not self.prefix_caching or lease is None or len(lease.tables.get(self.decode, ())) < num_full:
+        if not self.prefix_caching or lease is None or len(lease.tables.get(card, ())) < num_full:
             return 0
-        if not self.two_cards:
+        if card == self.prefill:
             self._register(self.prefill, sequence, num_full)
             return 0
-        return self._copy_back(sequence, lease.tables[self.decode], self._hashes(sequence, num_full))
+        return self._copy_back(sequence, lease.tables[card], self._hashes(sequence, num_full))
 
     def _copy_back(self, sequence: Sequence, table: list[int], hashes: list[BlockHash]) -> int | None:
         manager = self.managers[self.prefill]

@@ -194,7 +194,7 @@ class LLMEngine:
     def _collect(self, job: Job) -> None:
         if job.error is not None:
             raise job.error
-        sampled = self.scheduler.complete(job.shard, job.result)
+        sampled = self.scheduler.complete(job.shard, job.result, job.seconds)
         self.metrics.record(job, len(sampled))
         if (trace := self.trace) is not None:
             trace.add_job(job, sampled)

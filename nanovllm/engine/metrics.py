@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nanovllm.engine.executor import Job
-from nanovllm.engine.shards import CopyShard, PrefillShard
+from nanovllm.engine.shards import CopyShard, MixedShard, PrefillShard
 
 
 @dataclass(slots=True)
 class CardMetrics:
-    """One card's steps. Seconds are device seconds, as the executor measured them."""
+    """One card's steps. Seconds are device seconds, as the executor measured them. Mixed steps count as neither of the
+    others, their tokens do.
+    """
 
     prefill_steps: int = 0
     prefill_tokens: int = 0
@@ -20,9 +22,11 @@ class CardMetrics:
     decode_steps: int = 0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
+    mixed_steps: int = 0
+    mixed_seconds: float = 0.0
 
     def as_dict(self, uptime: float) -> dict[str, Any]:
-        busy = self.prefill_seconds + self.decode_seconds
+        busy = self.prefill_seconds + self.decode_seconds + self.mixed_seconds
         return {name: getattr(self, name) for name in self.__slots__} | {"busy_share": busy / uptime if uptime else 0.0}
 
 
@@ -72,6 +76,12 @@ class EngineMetrics:
             card.prefill_steps += 1
             card.prefill_tokens += shard.num_tokens
             card.prefill_seconds += job.seconds
+        elif isinstance(shard, MixedShard):
+            card.mixed_steps += 1
+            card.prefill_tokens += shard.prefill.num_tokens
+            # Where a prompt's first token lost its taker while the step ran, that many too few.
+            card.decode_tokens += max(0, num_sampled - shard.prefill.num_samples)
+            card.mixed_seconds += job.seconds
         else:
             card.decode_steps += 1
             card.decode_tokens += num_sampled

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from nanovllm.engine.kv_cache import CopyHandle, KVCache
+from nanovllm.engine.prefill_graphs import ChunkBatch, PrefillGraphs
 from nanovllm.engine.shards import (
     CopyShard,
     DecodeShard,
+    MixedShard,
     PrefillChunk,
     PrefillShard,
     SamplingRow,
@@ -22,7 +23,7 @@ from nanovllm.engine.shards import (
     TokenLogprobs,
 )
 from nanovllm.engine.slot_state import SlotState, fill_seen, sampling_floats, slot_integers
-from nanovllm.layers.attention import PrefillMetadata
+from nanovllm.layers.attention import DecodeMetadata, MixedMetadata, PrefillMetadata
 from nanovllm.layers.host import to_device
 from nanovllm.layers.sampler import SamplingBatch, gather_logprobs, sample
 from nanovllm.layers.seen_tokens import unpack
@@ -31,7 +32,7 @@ from nanovllm.sampling_params import SAMPLER_KINDS, SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.engine.decode_graphs import DecodeGraphs
-    from nanovllm.engine.prefill_graphs import PrefillGraphs
+    from nanovllm.engine.mixed_graphs import MixedGraphs
 
 
 class StepHandle:
@@ -68,8 +69,9 @@ class StepHandle:
 class ModelRunner:
     """Runs prefill and decode steps on one card, in launch order, on one stream of its own.
 
-    Entries: `run_prefill(shard)`, `run_decode_core(shard)` and `run_copy(shard, target, after)`; each returns a
-    handle at once (on a CPU, a completed one). `device_id` is the card's number, also on a CPU.
+    Entries: `run_prefill(shard)`, `run_decode_core(shard)`, `run_mixed(shard)`, which is both in one pass, and
+    `run_copy(shard, target, after)`; each returns a handle at once (on a CPU, a completed one). `device_id` is the
+    card's number, also on a CPU.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.graphs: DecodeGraphs | None = None
         self.prefill_graphs: PrefillGraphs | None = None
+        self.mixed_graphs: MixedGraphs | None = None
         self._has_kernels = model.attention.elementwise.name == "triton"
         max_blocks = -(-max_model_len // self.block_size)
         vocab_size = model.config.vocab_size
@@ -98,12 +101,10 @@ class ModelRunner:
         """Compute the chunks' KV; sample where a chunk is its prompt's last. Rows as `shard` lists its samples."""
         with self._on_card() as start:
             logits = self._prefill(shard)
-            rows = [row for chunk in shard.chunks for row in chunk.samples]
+            rows = _samples(shard)
             wanted = [row.params.logprobs for row in rows]
-            if not rows or not self._has_kernels:
-                return self._handle(logits, sample(logits, self._first_token_batch(rows)), wanted, start)
-            kept = logits if all(k is None for k in wanted) else logits.clone()  # penalties change them in place
-            return self._handle(kept, self._draw_first_tokens(logits, rows), wanted, start)
+            kept = logits.clone() if _any_wanted(wanted) else logits  # penalties may change them in place
+            return self._handle(kept, self._first_tokens(logits, rows), wanted, start)
 
     @torch.inference_mode()
     def run_decode_core(self, shard: DecodeShard) -> StepHandle:
@@ -111,28 +112,72 @@ class ModelRunner:
         with self._on_card() as start:
             self.slots.apply(shard)
             wanted = [self.slots.num_logprobs[slot] for slot in shard.slots]
-            logits, token_ids = self._decode(shard, keep_logits=any(wanted) or 0 in wanted)
-            return self._handle(logits, token_ids, wanted, start)
+            logits = self._decode(shard)
+            kept = logits.clone() if _any_wanted(wanted) else logits  # penalties may change them in place
+            return self._handle(kept, self._next_tokens(logits, shard), wanted, start)
 
-    def _decode(self, shard: DecodeShard, keep_logits: bool) -> tuple[Tensor, Tensor]:
-        """Logits and sampled ids of a step, its slots advanced."""
+    @torch.inference_mode()
+    def run_mixed(self, shard: MixedShard) -> StepHandle:
+        """`run_prefill` and `run_decode_core` in one pass. Rows: those of the one, then those of the other."""
+        with self._on_card() as start:
+            self.slots.apply(shard.decode)
+            samples = _samples(shard.prefill)
+            wanted = [row.params.logprobs for row in samples]
+            wanted += [self.slots.num_logprobs[slot] for slot in shard.decode.slots]
+            first, rows = self._mixed(shard)
+            kept = torch.cat([first, rows]) if _any_wanted(wanted) else rows  # penalties may change them in place
+            token_ids = [self._first_tokens(first, samples), self._next_tokens(rows, shard.decode)]
+            return self._handle(kept, torch.cat(token_ids), wanted, start)
+
+    def _decode(self, shard: DecodeShard) -> Tensor:
+        """Logits of a step, float32 [slots, vocab_size]."""
+        if self.graphs is not None:
+            return self.graphs.replay_model(shard.slots)
+        ids_B, positions_B, metadata = self._decode_inputs(shard)
+        return self.model.forward_decode(ids_B, positions_B, self.kv_cache, metadata)
+
+    def _decode_inputs(self, shard: DecodeShard) -> tuple[Tensor, Tensor, DecodeMetadata]:
+        """(token ids, positions, metadata) of a step launched eagerly; where graphs draw, with their padding."""
         if self.graphs is None:
-            return self._decode_eagerly(shard)
-        kind = SAMPLER_KINDS[max([self.slots.sampler_levels[slot] for slot in shard.slots])]
-        logits, bucket = self.graphs.replay_model(shard.slots)
-        if keep_logits:
-            logits = logits.clone()  # penalties change them in place, and logprobs are the model's own
-        return logits, self.graphs.replay_sampler(kind, len(shard.slots), bucket)
+            return self.slots.inputs(self._int64(shard.slots), shard.max_context_tokens)
+        self.graphs.set_slots(shard.slots)
+        return self.graphs.inputs(self.graphs.bucket_of(len(shard.slots)))
 
-    def _decode_eagerly(self, shard: DecodeShard) -> tuple[Tensor, Tensor]:
-        """The graphs' plain twin."""
+    def _next_tokens(self, logits: Tensor, shard: DecodeShard) -> Tensor:
+        """Sampled ids of the slots, which advance. `logits`: where the graphs read them, if there are any."""
+        if self.graphs is not None:
+            kind = SAMPLER_KINDS[max([self.slots.sampler_levels[slot] for slot in shard.slots])]
+            return self.graphs.replay_sampler(kind, len(shard.slots))
         slots_B = self._int64(shard.slots)
-        tokens_B, positions_B, metadata = self.slots.inputs(slots_B, shard.max_context_tokens)
-        logits = self.model.forward_decode(tokens_B, positions_B, self.kv_cache, metadata)
         token_ids = sample(logits, self.slots.sampling_batch(shard, slots_B))
         self.slots.advance(slots_B, token_ids)
         self.slots.count(slots_B, token_ids)
-        return logits, token_ids
+        return token_ids
+
+    # -- a mixed step
+
+    def _mixed(self, shard: MixedShard) -> tuple[Tensor, Tensor]:
+        """Logits of every sample's row, and of every slot."""
+        batch, sampled = self._chunk_batch(shard.prefill), _sampled_chunks(shard.prefill)
+        num_tokens, slots, graphs = shard.prefill.num_tokens, shard.decode.slots, self.mixed_graphs
+        size = graphs.size_for(num_tokens, len(batch.query_lens), len(slots)) if graphs is not None else None
+        if graphs is None or size is None:
+            return self._mixed_eagerly(batch, sampled, shard.decode)
+        first_SV, logits_BV = graphs.replay(size, batch, slots)
+        return self._rows_of(first_SV, sampled), logits_BV
+
+    def _mixed_eagerly(self, batch: ChunkBatch, sampled: list[int], shard: DecodeShard) -> tuple[Tensor, Tensor]:
+        ids_B, positions_B, rows = self._decode_inputs(shard)
+        ids_T, positions_T, mapping_T = self._int64(batch.tokens_3T).unbind(0)
+        mapping = torch.cat([mapping_T, rows.slot_mapping])
+        metadata = MixedMetadata(self._prefill_metadata(batch, mapping_T), rows, mapping)
+        wanted = self._int64([*batch.last_tokens(sampled), *range(len(ids_T), len(mapping))])
+        ids, positions = torch.cat([ids_T, ids_B]), torch.cat([positions_T, positions_B])
+        logits = self.model.forward_mixed(ids, positions, self.kv_cache, metadata, wanted)
+        first, logits_BV = logits.split([len(sampled), len(ids_B)])
+        if self.graphs is not None:
+            logits_BV = self.graphs.logits_BV[: len(ids_B)].copy_(logits_BV)  # where the captured draws read them
+        return first, logits_BV[: len(shard.slots)]
 
     @torch.inference_mode()
     def capture(self) -> float:
@@ -147,10 +192,17 @@ class ModelRunner:
     @torch.inference_mode()
     def capture_prefill(self, max_num_batched_tokens: int) -> None:
         """Compile and capture small prefill steps; nothing else of this engine may run."""
-        from nanovllm.engine.prefill_graphs import PrefillGraphs  # here: only where it is used, like the other
-
         with self._on_card():
             self.prefill_graphs = PrefillGraphs(self.model, self.kv_cache, self.max_model_len, max_num_batched_tokens)
+
+    @torch.inference_mode()
+    def capture_mixed(self, max_num_batched_tokens: int) -> None:
+        """Capture steps that mix prompts and decode rows, after `capture`; nothing else of this engine may run."""
+        from nanovllm.engine.mixed_graphs import MixedGraphs  # here: a CPU build of torch comes without Triton
+
+        assert self.graphs is not None, "the draws of a mixed step are those of a decode step"
+        with self._on_card():
+            self.mixed_graphs = MixedGraphs(self.graphs, max_num_batched_tokens)
 
     def warm_up(self) -> None:
         """Compile what prefill launches: few tokens, and many, and every kind of sampler, into the null block."""
@@ -171,49 +223,44 @@ class ModelRunner:
 
     def _prefill(self, shard: PrefillShard) -> Tensor:
         """Logits of every sample's row, float32 [samples, vocab_size]."""
-        starts = [chunk.start for chunk in shard.chunks]
-        query_lens = [len(chunk.tokens) for chunk in shard.chunks]
-        context_lens = [start + count for start, count in zip(starts, query_lens, strict=True)]
-        tables_SN = torch.tensor(self._padded_tables(shard))
-        places = token_places(starts, query_lens, tables_SN, self.block_size)
-        tokens = array("q", chain.from_iterable(chunk.tokens for chunk in shard.chunks))
-        tokens_3T = torch.stack([torch.frombuffer(tokens, dtype=torch.int64), *places])
-        sampled = [index for index, chunk in enumerate(shard.chunks) for _ in chunk.samples]
-        graphs = self.prefill_graphs
-        size = graphs.size_for(len(tokens), len(query_lens)) if graphs is not None else None
+        batch, sampled, graphs = self._chunk_batch(shard), _sampled_chunks(shard), self.prefill_graphs
+        size = graphs.size_for(shard.num_tokens, len(batch.query_lens)) if graphs is not None else None
         if graphs is None or size is None:
-            return self._prefill_eagerly(tokens_3T, query_lens, context_lens, tables_SN, sampled)
-        logits_SV = graphs.replay(size, tokens_3T, query_lens, context_lens, tables_SN)
+            return self._prefill_eagerly(batch, sampled)
+        return self._rows_of(graphs.replay(size, batch), sampled)
+
+    def _chunk_batch(self, shard: PrefillShard) -> ChunkBatch:
+        return ChunkBatch.of(shard, self.block_size, self.kv_cache.null_block)
+
+    def _prefill_eagerly(self, batch: ChunkBatch, sampled: list[int]) -> Tensor:
+        tokens_T, positions_T, mapping_T = self._int64(batch.tokens_3T).unbind(0)
+        metadata, last = self._prefill_metadata(batch, mapping_T), self._int64(batch.last_tokens(sampled))
+        return self.model.forward_prefill(tokens_T, positions_T, self.kv_cache, metadata, last)
+
+    def _prefill_metadata(self, batch: ChunkBatch, mapping_T: Tensor) -> PrefillMetadata:
+        return PrefillMetadata(
+            cu_seqlens_q=self._int32([0, *accumulate(batch.query_lens)]),
+            context_lens=self._int32(batch.context_lens),
+            block_tables=self._int32(batch.tables_SN),
+            slot_mapping=mapping_T,
+            max_query_tokens=max(batch.query_lens),
+            max_context_tokens=max(batch.context_lens),
+            host_query_lens=tuple(batch.query_lens),
+            host_context_lens=tuple(batch.context_lens),
+        )
+
+    def _rows_of(self, logits_SV: Tensor, sampled: list[int]) -> Tensor:
+        """A sequence's logits for each of its samples."""
         one_each = sampled == list(range(len(sampled)))
         return logits_SV[: len(sampled)] if one_each else logits_SV[self._int64(sampled)]
 
-    def _prefill_eagerly(
-        self,
-        tokens_3T: Tensor,
-        query_lens: list[int],
-        context_lens: list[int],
-        tables_SN: Tensor,
-        sampled: list[int],
-    ) -> Tensor:
-        ends = list(accumulate(query_lens))
-        tokens_T, positions_T, mapping_T = self._int64(tokens_3T).unbind(0)
-        metadata = PrefillMetadata(
-            cu_seqlens_q=self._int32([0, *ends]),
-            context_lens=self._int32(context_lens),
-            block_tables=self._int32(tables_SN),
-            slot_mapping=mapping_T,
-            max_query_tokens=max(query_lens),
-            max_context_tokens=max(context_lens),
-            host_query_lens=tuple(query_lens),
-            host_context_lens=tuple(context_lens),
-        )
-        last = self._int64([ends[index] - 1 for index in sampled])
-        return self.model.forward_prefill(tokens_T, positions_T, self.kv_cache, metadata, last)
-
-    def _padded_tables(self, shard: PrefillShard) -> list[list[int]]:
-        width = max(len(chunk.block_table) for chunk in shard.chunks)
-        null = self.kv_cache.null_block
-        return [[*chunk.block_table, *[null] * (width - len(chunk.block_table))] for chunk in shard.chunks]
+    def _first_tokens(self, logits: Tensor, rows: list[SamplingRow]) -> Tensor:
+        """Sampled ids of prompts' last chunks. Penalties change the logits where kernels draw."""
+        if not rows:
+            return torch.empty(0, dtype=torch.int64, device=self.device)
+        if not self._has_kernels:
+            return sample(logits, self._first_token_batch(rows))
+        return self._draw_first_tokens(logits, rows)
 
     def _first_token_batch(self, rows: list[SamplingRow]) -> SamplingBatch:
         return SamplingBatch.from_params(
@@ -273,16 +320,17 @@ class ModelRunner:
         return to_device(values, torch.int64, self.device)
 
 
-def token_places(starts: list[int], query_lens: list[int], tables_SN: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """(positions, slot mapping) of a prefill batch's tokens, int64 [T] on the host: chunk s begins at starts[s].
+def _samples(shard: PrefillShard) -> list[SamplingRow]:
+    return [row for chunk in shard.chunks for row in chunk.samples]
 
-    By whole tensors: a loop over 16,384 tokens would take longer than a small model's step.
-    """
-    counts_S = torch.tensor(query_lens)
-    rows_T = torch.repeat_interleave(counts_S)
-    offsets_S = torch.tensor(starts) - (counts_S.cumsum(0) - counts_S)  # from an index in the batch to a position
-    positions_T = torch.arange(len(rows_T)) + offsets_S[rows_T]
-    return positions_T, tables_SN[rows_T, positions_T // block_size] * block_size + positions_T % block_size
+
+def _sampled_chunks(shard: PrefillShard) -> list[int]:
+    """Of each sample, its chunk's number."""
+    return [index for index, chunk in enumerate(shard.chunks) for _ in chunk.samples]
+
+
+def _any_wanted(num_logprobs: list[int | None]) -> bool:
+    return any(k is not None for k in num_logprobs)
 
 
 def _timed_event() -> torch.cuda.Event:

@@ -8,13 +8,16 @@ Letters in names: T tokens, S sequences, N blocks a sequence can have, V vocabul
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import accumulate, chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanovllm.engine.kv_cache import KVCache
+from nanovllm.engine.shards import PrefillShard
 from nanovllm.layers.attention import PrefillMetadata
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
@@ -29,6 +32,98 @@ def token_sizes(config: ModelConfig, max_tokens: int) -> list[int]:
     """The sizes to capture for steps of at most `max_tokens`: those that are launch-bound."""
     most = min(max_tokens, LAUNCH_BOUND_FLOPS / (2 * config.num_parameters()))
     return [size for size in TOKEN_SIZES if size <= most]
+
+
+class ChunkBatch(NamedTuple):
+    """A prefill batch on the host: the tokens of its sequences, one sequence after the other.
+
+    tokens_3T: int64: ids, positions, places in the cache. query_lens, context_lens: tokens of each sequence in this
+    step and up to its end. tables_SN: integers, any width.
+    """
+
+    tokens_3T: Tensor
+    query_lens: list[int]
+    context_lens: list[int]
+    tables_SN: Tensor
+
+    @classmethod
+    def of(cls, shard: PrefillShard, block_size: int, null_block: int) -> ChunkBatch:
+        """The null block fills up shorter tables."""
+        starts = [chunk.start for chunk in shard.chunks]
+        query_lens = [len(chunk.tokens) for chunk in shard.chunks]
+        context_lens = [start + count for start, count in zip(starts, query_lens, strict=True)]
+        tables, width = [chunk.block_table for chunk in shard.chunks], max(len(c.block_table) for c in shard.chunks)
+        tables_SN = torch.tensor([[*table, *[null_block] * (width - len(table))] for table in tables])
+        places = token_places(starts, query_lens, tables_SN, block_size)
+        tokens = array("q", chain.from_iterable(chunk.tokens for chunk in shard.chunks))
+        tokens_3T = torch.stack([torch.frombuffer(tokens, dtype=torch.int64), *places])
+        return cls(tokens_3T, query_lens, context_lens, tables_SN)
+
+    def last_tokens(self, sequences: list[int]) -> list[int]:
+        """Where the last tokens of the given sequences are in the batch."""
+        ends = list(accumulate(self.query_lens))
+        return [ends[sequence] - 1 for sequence in sequences]
+
+
+def token_places(starts: list[int], query_lens: list[int], tables_SN: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """(positions, slot mapping) of a prefill batch's tokens, int64 [T] on the host: chunk s begins at starts[s].
+
+    By whole tensors: a loop over 16,384 tokens would take longer than a small model's step.
+    """
+    counts_S = torch.tensor(query_lens)
+    rows_T = torch.repeat_interleave(counts_S)
+    offsets_S = torch.tensor(starts) - (counts_S.cumsum(0) - counts_S)  # from an index in the batch to a position
+    positions_T = torch.arange(len(rows_T)) + offsets_S[rows_T]
+    return positions_T, tables_SN[rows_T, positions_T // block_size] * block_size + positions_T % block_size
+
+
+class PrefillBuffers:
+    """What captured steps read of a prefill batch: up to `max_tokens` tokens of up to MAX_SEQUENCES sequences."""
+
+    def __init__(self, kv_cache: KVCache, max_context_tokens: int, max_tokens: int) -> None:
+        self.max_context_tokens = max_context_tokens
+        self.null_place = kv_cache.null_block * kv_cache.block_size
+        device, max_blocks = kv_cache.device, -(-max_context_tokens // kv_cache.block_size)
+        # Rows: token ids, positions, places in the cache.
+        self.tokens_3T = torch.zeros(3, max_tokens, dtype=torch.int64, device=device)
+        self.tokens_3T[2] = self.null_place
+        self.tables_SN = torch.zeros(MAX_SEQUENCES, max_blocks, dtype=torch.int32, device=device)
+        # Rows: first token of each sequence and the end, its context, its last token.
+        self.sequences_3S = torch.zeros(3, MAX_SEQUENCES + 1, dtype=torch.int32, device=device)
+
+    def metadata(self, size: int) -> PrefillMetadata:
+        """Of a step of `size` tokens, padding included."""
+        starts, context_lens, _ = self.sequences_3S.unbind(0)
+        return PrefillMetadata(
+            cu_seqlens_q=starts,
+            context_lens=context_lens[:MAX_SEQUENCES],
+            block_tables=self.tables_SN,
+            slot_mapping=self.tokens_3T[2, :size],
+            max_query_tokens=size,
+            max_context_tokens=self.max_context_tokens,
+            host_query_lens=(),
+            host_context_lens=(),
+        )
+
+    @property
+    def last_tokens(self) -> Tensor:
+        """int64 [MAX_SEQUENCES]: each sequence's last token in the batch; for those that are empty, any token."""
+        return self.sequences_3S[2, :MAX_SEQUENCES].long()
+
+    def fill(self, size: int, batch: ChunkBatch) -> None:
+        """Queue the copies of a batch, padded to `size` tokens."""
+        tokens_3T, query_lens, context_lens, tables_SN = batch
+        padded_3T = torch.zeros(3, size, dtype=torch.int64)
+        padded_3T[2] = self.null_place
+        padded_3T[:, : tokens_3T.shape[1]] = tokens_3T
+        starts = torch.tensor([0, *query_lens, *[0] * (MAX_SEQUENCES - len(query_lens))]).cumsum(0)
+        lasts = (starts[1:] - 1).clamp(min=0)
+        contexts = torch.tensor(context_lens)
+        sequences_3S = torch.zeros(3, MAX_SEQUENCES + 1, dtype=torch.int32)
+        sequences_3S[0], sequences_3S[1, : len(contexts)], sequences_3S[2, :-1] = starts, contexts, lasts
+        _send(padded_3T, self.tokens_3T[:, :size])
+        _send(sequences_3S, self.sequences_3S)
+        _send(tables_SN.int(), self.tables_SN[: tables_SN.shape[0], : tables_SN.shape[1]])
 
 
 @dataclass
@@ -46,22 +141,12 @@ class PrefillGraphs:
     _logits: dict[int, Tensor] = field(default_factory=dict)  # [S, V] each
 
     def __post_init__(self) -> None:
-        device, sizes = self.kv_cache.device, token_sizes(self.model.config, self.max_tokens)
-        largest, max_blocks = max(sizes, default=0), -(-self.max_context_tokens // self.kv_cache.block_size)
-        # Rows: token ids, positions, slots in the cache.
-        self.tokens_3T = torch.zeros(3, largest, dtype=torch.int64, device=device)
-        self.tokens_3T[2] = self.null_place
-        self.tables_SN = torch.zeros(MAX_SEQUENCES, max_blocks, dtype=torch.int32, device=device)
-        # Rows: first token of each sequence and the end, its context, its last token.
-        self.sequences_3S = torch.zeros(3, MAX_SEQUENCES + 1, dtype=torch.int32, device=device)
+        sizes = token_sizes(self.model.config, self.max_tokens)
+        self.buffers = PrefillBuffers(self.kv_cache, self.max_context_tokens, max(sizes, default=0))
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(sizes):
             self._capture(size, pool)
-        torch.cuda.synchronize(device)
-
-    @property
-    def null_place(self) -> int:
-        return self.kv_cache.null_block * self.kv_cache.block_size
+        torch.cuda.synchronize(self.kv_cache.device)
 
     def _capture(self, size: int, pool: Any) -> None:
         self._run(size)  # compiles what is not compiled yet, and warms the libraries' workspaces
@@ -71,19 +156,10 @@ class PrefillGraphs:
             self._logits[size] = self._run(size)
 
     def _run(self, size: int) -> Tensor:
-        tokens_T, positions_T, mapping_T = self.tokens_3T[:, :size].unbind(0)
-        starts, context_lens, last = self.sequences_3S.unbind(0)
-        metadata = PrefillMetadata(
-            cu_seqlens_q=starts,
-            context_lens=context_lens[:MAX_SEQUENCES],
-            block_tables=self.tables_SN,
-            slot_mapping=mapping_T,
-            max_query_tokens=size,
-            max_context_tokens=self.max_context_tokens,
-            host_query_lens=(),
-            host_context_lens=(),
-        )
-        return self.model.forward_prefill(tokens_T, positions_T, self.kv_cache, metadata, last[:MAX_SEQUENCES].long())
+        buffers = self.buffers
+        tokens_T, positions_T, _ = buffers.tokens_3T[:, :size].unbind(0)
+        last = buffers.last_tokens
+        return self.model.forward_prefill(tokens_T, positions_T, self.kv_cache, buffers.metadata(size), last)
 
     def size_for(self, num_tokens: int, num_sequences: int) -> int | None:
         """The captured size that serves such a step; None: launch it eagerly."""
@@ -91,25 +167,9 @@ class PrefillGraphs:
             return None
         return min((size for size in self._graphs if size >= num_tokens), default=None)
 
-    def replay(
-        self, size: int, tokens_3T: Tensor, query_lens: list[int], context_lens: list[int], tables_SN: Tensor
-    ) -> Tensor:
-        """Launch a step; logits [MAX_SEQUENCES, V] of each sequence's last token, valid until the next replay.
-
-        tokens_3T: int64 on the host: ids, positions, slots. query_lens, context_lens: tokens of each sequence in this
-        step and up to its end. tables_SN: integers on the host, any width.
-        """
-        padded_3T = torch.zeros(3, size, dtype=torch.int64)
-        padded_3T[2] = self.null_place
-        padded_3T[:, : tokens_3T.shape[1]] = tokens_3T
-        starts = torch.tensor([0, *query_lens, *[0] * (MAX_SEQUENCES - len(query_lens))]).cumsum(0)
-        lasts = (starts[1:] - 1).clamp(min=0)
-        contexts = torch.tensor(context_lens)
-        sequences_3S = torch.zeros(3, MAX_SEQUENCES + 1, dtype=torch.int32)
-        sequences_3S[0], sequences_3S[1, : len(contexts)], sequences_3S[2, :-1] = starts, contexts, lasts
-        _send(padded_3T, self.tokens_3T[:, :size])
-        _send(sequences_3S, self.sequences_3S)
-        _send(tables_SN.int(), self.tables_SN[: tables_SN.shape[0], : tables_SN.shape[1]])
+    def replay(self, size: int, batch: ChunkBatch) -> Tensor:
+        """Launch a step; logits [MAX_SEQUENCES, V] of each sequence's last token, valid until the next replay."""
+        self.buffers.fill(size, batch)
         self._graphs[size].replay()
         return self._logits[size]
 

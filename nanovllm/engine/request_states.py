@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 class State(Enum):
     WAITING = "waiting"  # holds no block anywhere; queued by arrival
-    PREFILLING = "prefilling"  # holds its blocks on both cards; chunks are launched
+    PREFILLING = "prefilling"  # holds its blocks wherever it will be; chunks are launched
     COPYING = "copying"  # prefilled; its last blocks are on their way to the decode card
-    READY = "ready"  # resident on the decode card, waits for a slot
+    READY = "ready"  # resident on the card that decodes it, waits for a slot
     DECODING = "decoding"  # has a slot; steps are launched
     EVACUATING = "evacuating"  # its blocks are on their way to the prefill card
     EVACUATED = "evacuated"  # resident on the prefill card only
-    RETURNING = "returning"  # its blocks are on their way back
+    RETURNING = "returning"  # its blocks are on their way from card 0 to the decode card
     FINISHED = "finished"  # holds nothing; copies and launched steps may still own its former blocks
 
 
@@ -39,9 +39,16 @@ TRANSITIONS: dict[tuple[State, State], Move] = {
     (State.READY, State.DECODING): Move("decode admission", None, "a slot was free"),
     (State.READY, State.EVACUATING): Move("decode card full", None, "it was the youngest"),
     (State.READY, State.WAITING): Move("both cards full", None, "it was the youngest; its KV is computed again"),
-    (State.DECODING, State.EVACUATING): Move("decode card full", None, "it was the youngest"),
+    (State.READY, State.RETURNING): Move(
+        "hand-off", None, "card 0 kept it; prompts queue and the decode card has room"
+    ),
+    (State.DECODING, State.RETURNING): Move("hand-off", None, "card 0 decoded it; as above"),
+    (State.DECODING, State.EVACUATING): Move("decode card full", None, "it was the youngest; or card 0 takes it over"),
     (State.DECODING, State.WAITING): Move("both cards full", None, "it was the youngest; its KV is computed again"),
     (State.EVACUATING, State.EVACUATED): Move("copy result", _MACHINE_S, "the copy to the prefill card ended"),
+    (State.EVACUATING, State.READY): Move(
+        "copy result", _MACHINE_S, "it was taken over: card 0 decodes it from now on"
+    ),
     (State.EVACUATED, State.RETURNING): Move("return admission", None, "the decode card has room again"),
     (State.RETURNING, State.READY): Move("copy result", _MACHINE_S, "the copy back ended"),
 } | {

@@ -2,37 +2,46 @@
 
 `schedule()` returns the shards to launch now, in order; `complete()` takes a shard's result back and returns the
 sampled tokens; `finish()` is the one place where a sequence ends, whatever the reason.
+
+Roles. One card prefills and decodes, chunks and decode rows in one step under a token budget. Of two, card 0 prefills
+and card 1 decodes; with strict roles that is all. With elastic ones card 1 also takes a prompt, in chunks that its
+steps have room for, while prompts queue on card 0; what card 1 has no room for is kept on card 0, which decodes it
+and hands it off when prompts queue and card 1 has room; and a card 0 without prompts takes over part of a large batch.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.decode_batch import DecodeBatch, DecodePlan
 from nanovllm.engine.handoff import Handoff
+from nanovllm.engine.pace import Pace
 from nanovllm.engine.request_states import State
 from nanovllm.engine.sequence import PrefillGroup, Request, Sequence
 from nanovllm.engine.shards import (
     CopyShard,
     DecodeShard,
-    NewBlock,
+    MixedShard,
     PrefillChunk,
     PrefillShard,
     Shard,
-    SlotEntry,
     StepResult,
     TokenLogprobs,
 )
 
 PREFILL_STEPS_IN_FLIGHT = 2  # one computes, one waits in the card's queue: the host never starves the card
-
-
-ON_DECODE_CARD = frozenset({State.PREFILLING, State.COPYING, State.READY, State.DECODING, State.RETURNING})
+PREFILL_TOKENS = 8192  # of a step of card 0 with elastic roles: what it has launched, card 1 cannot take any more
+HELP_ALONE_TOKENS = 2048  # of a step in which the decode card has nothing to decode: what arrives waits no longer
+MOVES_IN_FLIGHT = 16  # of sequences between the cards at a time: each waits for the copies before its own
+BALANCE_AFTER_S = 0.25  # for which card 0 had no prompt, before it takes over part of a batch of
+BALANCE_ROWS = 32  # more than twice its own
+LIVES_TO_DECODE = frozenset({State.PREFILLING, State.COPYING, State.READY, State.DECODING, State.RETURNING})
 
 
 class SampledToken(NamedTuple):
@@ -51,26 +60,33 @@ class Scheduler:
         self.config = config
         self.block_size = config.kvcache_block_size
         self.prefill_card, self.decode_card = 0, len(num_blocks) - 1
+        self.elastic = len(num_blocks) == 2 and config.pd_roles == "elastic"
         # Prefixes are looked up on card 0 alone; the decode card of two shares blocks among live sequences only.
         self.managers = {
             card: BlockManager(count, self.block_size, keep_cached=config.enable_prefix_caching and card == 0)
             for card, count in enumerate(num_blocks)
         }
         self.handoff = Handoff(self.managers, self.prefill_card, self.decode_card, config.enable_prefix_caching)
+        decoding = self.managers if self.elastic else (self.decode_card,)
+        self.batches = {card: DecodeBatch(card, self.managers[card], config) for card in decoding}
+        self.pace = Pace(len(num_blocks), config.itl_slo_ms)
         self.waiting: list[tuple[tuple[int, int], PrefillGroup]] = []  # heap by arrival
-        self.prefilling: deque[PrefillGroup] = deque()
+        self.num_waiting_tokens = 0
+        self.prefilling: dict[int, deque[PrefillGroup]] = {card: deque() for card in self.managers}
         self.copying: set[PrefillGroup] = set()
-        self.ready: list[Sequence] = []
-        self.running: dict[Sequence, None] = {}
         self.evacuating: set[Sequence] = set()
         self.evacuated: list[Sequence] = []
         self.returning: set[Sequence] = set()
-        self.num_on_decode_card = 0  # sequences that hold, or are taking, blocks there to decode
-        self.free_slots = list(range(config.max_num_seqs))[::-1]
-        self.launched_prefills: dict[int, list[tuple[PrefillGroup, int]]] = {}  # by step: groups, and how far each got
-        self.launched_decodes: dict[int, list[Sequence]] = {}  # by step: its rows
+        self._last_busy_step = 0  # of the decode card, launched when card 0 last had a prompt
+        # By card and step: groups, and how far each got.
+        self.launched_prefills: dict[int, dict[int, list[tuple[PrefillGroup, int]]]] = {c: {} for c in self.managers}
         self.paused = False
         self.counts: Counter[str] = Counter()
+
+    @property
+    def main_batch(self) -> DecodeBatch:
+        """Of the decode card."""
+        return self.batches[self.decode_card]
 
     # -- in
 
@@ -78,6 +94,7 @@ class Scheduler:
         self._wait(PrefillGroup(request.sequences))
 
     def _wait(self, group: PrefillGroup) -> None:
+        self.num_waiting_tokens += group.num_tokens
         heapq.heappush(self.waiting, (group.order, group))
 
     # -- what to launch
@@ -86,22 +103,40 @@ class Scheduler:
         """Shards to launch now. A copy comes after the step it waits for."""
         shards: list[Shard] = []
         self._return_evacuated()
-        prefill = self.ready_for_prefill()
-        if prefill is not None:
-            shards.append(prefill)
-        shards += self.handoff.drain_outbox()
-        decode = self.ready_for_decode()
-        if decode is not None:
-            shards.append(decode)
-        return shards + self.handoff.drain_outbox()
+        if self.elastic:
+            self._hand_off_kept()
+            self._balance()
+        for card in self.managers:
+            step = self._plan_step(card)
+            if step is not None:
+                shards.append(step)
+            shards += self.handoff.drain_outbox()
+        return shards
 
-    def ready_for_prefill(self) -> PrefillShard | None:
-        """The next chunks for the prefill card: prompts already begun first, then new ones in arrival order."""
-        if len(self.launched_prefills) >= PREFILL_STEPS_IN_FLIGHT:
+    def _plan_step(self, card: int) -> Shard | None:
+        """The next step of a card: chunks of prompts, decode rows, or both."""
+        chosen, decode = self.ready_for_prefill(card), self.ready_for_decode(card)
+        if not chosen and decode is None:
             return None
-        budget_tokens, budget_rows = self.config.max_num_batched_tokens, self.config.max_num_seqs
+        step = self.managers[card].launch_step()
+        prefill = self._launch_prefill(card, step, chosen) if chosen else None
+        if decode is None:
+            return prefill
+        shard = self.batches[card].launch(step, decode)
+        return shard if prefill is None else MixedShard(card, step, prefill, shard)
+
+    def ready_for_decode(self, card: int) -> DecodePlan | None:
+        """The rows of the next step of a card, if it decodes."""
+        batch = self.batches.get(card)
+        return None if batch is None else batch.plan(partial(self._make_room, batch))
+
+    def ready_for_prefill(self, card: int) -> list[tuple[PrefillGroup, int]]:
+        """The next chunks of a card: (group, tokens). Prompts already begun first, then new ones in arrival order."""
+        if len(self.launched_prefills[card]) >= PREFILL_STEPS_IN_FLIGHT:
+            return []
+        budget_tokens, budget_rows = self._budget_tokens(card), self.config.max_num_seqs
         chosen: list[tuple[PrefillGroup, int]] = []
-        for group in self._prefill_candidates():
+        for group in self._prefill_candidates(card) if budget_tokens else ():
             if chosen and len(group.sequences) > budget_rows:  # each samples: bounds the logits of a step
                 break
             count = min(budget_tokens, group.num_tokens - group.num_launched_tokens)
@@ -110,26 +145,35 @@ class Scheduler:
             budget_rows -= len(group.sequences)
             if budget_tokens == 0:
                 break
-        return self._launch_prefill(chosen) if chosen else None
+        return chosen
 
-    def _prefill_candidates(self) -> Iterator[PrefillGroup]:
-        yield from [group for group in self.prefilling if group.num_launched_tokens < group.num_tokens]
-        while self._may_admit() and (group := self._next_waiting()) is not None:
-            if any(sequence.num_in_flight for sequence in group.sequences):
-                return  # preempted with steps in flight: its last tokens are not known yet
-            if not self.handoff.admit(group, self._reserve_blocks()):
+    def _budget_tokens(self, card: int) -> int:
+        """Prompt tokens that the next step of a card may compute. 0: it has rows to decode, and they have no room."""
+        most, batch = self.config.max_num_batched_tokens, self.batches.get(card)
+        rows = batch.num_rows if batch is not None else 0
+        if batch is not None and rows and not batch.may_launch:
+            return 0  # a chunk travels with the rows
+        if self.elastic:
+            alone = PREFILL_TOKENS if card == self.prefill_card else HELP_ALONE_TOKENS
+            return min(most, self.pace.chunk_tokens(card) if rows else alone)
+        return most if card != self.decode_card else max(1, most - rows)
+
+    def _prefill_candidates(self, card: int) -> Iterator[PrefillGroup]:
+        yield from [group for group in self.prefilling[card] if group.num_launched_tokens < group.num_tokens]
+        while (group := self._next_waiting()) is not None:
+            if self.evacuated or any(sequence.num_in_flight for sequence in group.sequences):
+                return  # those that were moved away come first; of a preempted one, the last tokens are not known yet
+            if not (self._place(group) if card == self.prefill_card else self._help(group)):
                 return
             heapq.heappop(self.waiting)
+            self.num_waiting_tokens -= group.num_tokens
             self._admitted(group)
             yield group
 
-    def _may_admit(self) -> bool:
-        self._update_pause()
-        return not self.paused and not self.evacuated
-
     def _next_waiting(self) -> PrefillGroup | None:
         while self.waiting and not self.waiting[0][1].members:
-            heapq.heappop(self.waiting)  # aborted while it waited
+            _, aborted = heapq.heappop(self.waiting)
+            self.num_waiting_tokens -= aborted.num_tokens
         if not self.waiting:
             return None
         group = self.waiting[0][1]
@@ -138,8 +182,37 @@ class Scheduler:
     def _refreshed(self, group: PrefillGroup) -> PrefillGroup:
         """A preempted sequence whose last launched tokens arrived while it waited."""
         fresh = PrefillGroup(group.sequences)
+        self.num_waiting_tokens += fresh.num_tokens - group.num_tokens
         heapq.heapreplace(self.waiting, (fresh.order, fresh))
         return fresh
+
+    # -- where a prompt goes
+
+    def _place(self, group: PrefillGroup) -> bool:
+        """Card 0 prefills it: for the decode card while that has room, else, with elastic roles, for itself."""
+        main = self.main_batch
+        if self._may_admit() and self._admit(group, self.prefill_card, main):
+            return True
+        own = self.batches.get(self.prefill_card, main)
+        return own is not main and self._has_slots(own, group) and self._admit(group, self.prefill_card, own)
+
+    def _help(self, group: PrefillGroup) -> bool:
+        """The decode card takes a prompt that would wait on card 0, unless that holds much of it already."""
+        main, other = self.main_batch, self.prefill_card
+        queues = self.elastic and len(self.launched_prefills[other]) >= PREFILL_STEPS_IN_FLIGHT
+        if not queues or not self._has_slots(main, group):
+            return False
+        if 2 * self.handoff.num_cached_tokens(group) > group.num_tokens or not self._admit(group, main.card, main):
+            return False
+        self.counts["helped"] += 1
+        return True
+
+    def _admit(self, group: PrefillGroup, prefill_card: int, batch: DecodeBatch) -> bool:
+        return self.handoff.admit(group, prefill_card, batch.card, batch.reserve_blocks)
+
+    def _has_slots(self, batch: DecodeBatch, group: PrefillGroup) -> bool:
+        """Room among those that live there; a group of more than all slots needs an empty card."""
+        return batch.num_living == 0 or batch.num_living + len(group.sequences) <= self.config.max_num_seqs
 
     def _admitted(self, group: PrefillGroup) -> None:
         request = group.leader.request
@@ -148,23 +221,23 @@ class Scheduler:
             request.num_cached_tokens = group.num_launched_tokens
             self.counts["cached_tokens"] += group.num_launched_tokens
         for sequence in group.sequences:
+            sequence.card = group.decode_card
             sequence.move_to(State.PREFILLING)
-        self.num_on_decode_card += len(group.sequences)
-        self.prefilling.append(group)
+        self.batches[group.decode_card].num_living += len(group.sequences)
+        self.prefilling[group.prefill_card].append(group)
 
-    def _launch_prefill(self, chosen: list[tuple[PrefillGroup, int]]) -> PrefillShard:
-        step = self.managers[self.prefill_card].launch_step()
+    def _launch_prefill(self, card: int, step: int, chosen: list[tuple[PrefillGroup, int]]) -> PrefillShard:
         chunks = tuple(self._chunk(group, count) for group, count in chosen)
-        self.launched_prefills[step] = [(group, group.num_launched_tokens) for group, _ in chosen]
+        self.launched_prefills[card][step] = [(group, group.num_launched_tokens) for group, _ in chosen]
         for group, _ in chosen:
             self.handoff.mirror(group, step, partial(self._settle, group))
-        return PrefillShard(self.prefill_card, step, chunks)
+        return PrefillShard(card, step, chunks)
 
     def _chunk(self, group: PrefillGroup, count: int) -> PrefillChunk:
         leader, start = group.leader, group.num_launched_tokens
         assert leader.lease is not None
         group.num_launched_tokens = end = start + count
-        table = leader.lease.tables[self.prefill_card][: -(-end // self.block_size)]
+        table = leader.lease.tables[group.prefill_card][: -(-end // self.block_size)]
         rows = tuple(sequence.sampling_row() for sequence in group.sequences) if end == group.num_tokens else ()
         if rows:
             for sequence in group.sequences:
@@ -172,107 +245,56 @@ class Scheduler:
                 sequence.num_kv_tokens = end
         return PrefillChunk(tuple(leader.tokens[start:end]), start, tuple(table), rows)
 
-    def ready_for_decode(self) -> DecodeShard | None:
-        """The next decode step: every running sequence that has a block to write and an output left to plan."""
-        if len(self.launched_decodes) > self.config.steps_ahead:
-            return None
-        self._fill_slots()
-        due = [sequence for sequence in self.running if sequence.num_kv_tokens >= sequence.kv_limit_tokens]
-        stalled = [sequence for sequence in due if not self._grow(sequence)]
-        if stalled:
-            self._make_room(stalled)
-        entries: list[SlotEntry] = []
-        new_blocks: list[NewBlock] = []
-        for sequence in due:
-            if sequence.slot is not None and self._can_step(sequence):
-                self._tell_card(sequence, entries, new_blocks)
-        rows = [sequence for sequence in self.running if sequence.num_kv_tokens < sequence.kv_limit_tokens]
-        return self._launch_decode(rows, entries, new_blocks) if rows else None
+    # -- a card that decodes is full
 
-    def _fill_slots(self) -> None:
-        self.ready.sort(key=lambda sequence: sequence.order)
-        while self.ready and self.free_slots:
-            sequence = self.ready.pop(0)
-            sequence.slot = self.free_slots.pop()
-            sequence.num_card_blocks = sequence.kv_limit_tokens = 0
-            sequence.move_to(State.DECODING)
-            self.running[sequence] = None
-
-    def _grow(self, sequence: Sequence) -> bool:
-        """Make sure the block of the next position is there; False if the decode card has none."""
-        lease = sequence.lease
-        assert lease is not None
-        missing = sequence.num_kv_tokens == len(lease.tables[self.decode_card]) * self.block_size
-        if not missing or sequence.num_planned_outputs >= sequence.request.max_tokens:
-            return True
-        if self.managers[self.decode_card].num_free_blocks == 0:
-            return False
-        lease.grow(self.decode_card)
-        return True
-
-    def _can_step(self, sequence: Sequence) -> bool:
-        assert sequence.lease is not None
-        has_block = sequence.num_kv_tokens < len(sequence.lease.tables[self.decode_card]) * self.block_size
-        return has_block and sequence.num_planned_outputs < sequence.request.max_tokens
-
-    def _launch_decode(self, rows: list[Sequence], entries: list[SlotEntry], new_blocks: list[NewBlock]) -> DecodeShard:
-        step = self.managers[self.decode_card].launch_step()
-        self.launched_decodes[step] = rows
-        slots, longest = [], 0
-        for sequence in rows:  # little for each: it is done for every token
-            slots.append(sequence.slot)
-            sequence.num_in_flight += 1
-            sequence.num_kv_tokens = length = sequence.num_kv_tokens + 1
-            if length > longest:
-                longest = length
-        taken = cast(tuple[int, ...], tuple(slots))
-        return DecodeShard(self.decode_card, step, taken, longest, tuple(entries), tuple(new_blocks))
-
-    def _tell_card(self, sequence: Sequence, entries: list[SlotEntry], new_blocks: list[NewBlock]) -> None:
-        """Only what the card does not know yet: a sequence that enters its slot, or a block it grew by.
-
-        Then it may step until its blocks are full or its last token is planned, and needs no look till then.
-        """
-        assert sequence.lease is not None and sequence.slot is not None
-        table, known = sequence.lease.tables[self.decode_card], sequence.num_card_blocks
-        if known == 0:
-            row, last, end_ids = sequence.sampling_row(), sequence.tokens[-1], tuple(sequence.request.end_ids)
-            entries.append(SlotEntry(sequence.slot, last, sequence.num_kv_tokens, tuple(table), row, end_ids))
-        else:
-            new_blocks += [NewBlock(sequence.slot, i, table[i]) for i in range(known, len(table))]
-        sequence.num_card_blocks = len(table)
-        last_tokens = sequence.num_prompt_tokens + sequence.request.max_tokens - 1  # the last output has no KV
-        sequence.kv_limit_tokens = min(len(table) * self.block_size, last_tokens)
-
-    # -- the decode card is full
-
-    def _make_room(self, stalled: list[Sequence]) -> None:
+    def _make_room(self, batch: DecodeBatch, stalled: list[Sequence]) -> None:
         """Evict the youngest until as many blocks are on their way as sequences wait for one."""
-        missing = len(stalled) - self.handoff.num_coming_blocks
-        candidates = sorted([*self.running, *self.ready], key=lambda sequence: sequence.order)
+        missing = len(stalled) - self.handoff.num_coming_blocks(batch.card)
+        candidates = sorted([*batch.running, *batch.ready], key=lambda sequence: sequence.order)
         while missing > 0 and len(candidates) > 1:
             victim = candidates.pop()
             assert victim.lease is not None
-            missing -= len(victim.lease.tables[self.decode_card]) + (victim in stalled)
+            missing -= len(victim.lease.tables[batch.card]) + (victim in stalled)
             self._evict(victim)
 
     def _evict(self, sequence: Sequence) -> None:
-        """To the prefill card if that has room; else its KV is dropped and computed again, its tokens are kept."""
-        self._leave_queue(sequence)
-        self.num_on_decode_card -= 1
-        if self.handoff.evacuate(sequence, partial(self._evacuated, sequence)):
-            sequence.move_to(State.EVACUATING)
-            self.evacuating.add(sequence)
-            self.counts["evacuations"] += 1
+        """To the other card if that has room; else its KV is dropped and computed again, its tokens are kept."""
+        if self._hand_off(sequence) if sequence.card != self.decode_card else self._evacuate(sequence):
             return
-        if not self.handoff.two_cards:
-            self.handoff.write_back(sequence)
+        batch = self.batches[sequence.card]
+        batch.remove(sequence)
+        batch.num_living -= 1
+        if sequence.card == self.prefill_card:
+            self.handoff.write_back(sequence, self.prefill_card)
         assert sequence.lease is not None
         sequence.lease.release()
         sequence.lease, sequence.num_kv_tokens = None, 0
         sequence.move_to(State.WAITING)
         self._wait(PrefillGroup([sequence]))
         self.counts["recomputes"] += 1
+
+    def _evacuate(self, sequence: Sequence) -> bool:
+        """From the decode card of two to card 0; False if that is full."""
+        if len(self.managers) == 1:
+            return False
+        if not self._leave_decode_card(sequence, sequence.num_kv_tokens, 0, partial(self._evacuated, sequence)):
+            return False
+        self.counts["evacuations"] += 1
+        return True
+
+    def _leave_decode_card(
+        self, sequence: Sequence, num_tokens: int, reserve_blocks: int, done: Callable[[], None]
+    ) -> bool:
+        """Start moving a sequence to card 0, where it gets blocks for `num_tokens`; False if that has no room."""
+        main = self.main_batch
+        steps = self.managers[main.card].launched_steps
+        if not self.handoff.move(sequence, self.prefill_card, num_tokens, reserve_blocks, steps, done):
+            return False
+        main.remove(sequence)
+        main.num_living -= 1
+        sequence.move_to(State.EVACUATING)
+        self.evacuating.add(sequence)
+        return True
 
     def _evacuated(self, sequence: Sequence) -> None:
         self.evacuating.discard(sequence)
@@ -282,29 +304,93 @@ class Scheduler:
 
     def _return_evacuated(self) -> None:
         """Evacuated sequences come back in arrival order, before any new prompt."""
-        while self.evacuated:
-            sequence = self.evacuated[0]
-            if not self.handoff.bring_back(sequence, self._reserve_blocks(), partial(self._returned, sequence)):
+        while self.evacuated and self._send(self.evacuated[0], after_step=0):
+            self._returns(self.evacuated.pop(0))
+
+    def _hand_off_kept(self) -> None:
+        """What card 0 decodes goes to the decode card, oldest first, when prompts queue and there is room."""
+        own = self.batches[self.prefill_card]
+        if not (own.running or own.ready) or self.evacuated or not self._has_prompts():
+            return
+        if self.main_batch.num_living >= self.config.max_num_seqs:
+            return
+        for sequence in sorted([*own.running, *own.ready], key=lambda sequence: sequence.order):
+            if self._num_moving >= MOVES_IN_FLIGHT or not self._hand_off(sequence):
                 return
-            self.evacuated.pop(0)
-            sequence.move_to(State.RETURNING)
-            self.num_on_decode_card += 1
-            self.returning.add(sequence)
+
+    def _has_prompts(self) -> bool:
+        """Whether card 0 has any to prefill."""
+        return bool(self.waiting or self.prefilling[self.prefill_card])
+
+    @property
+    def _num_moving(self) -> int:
+        return len(self.evacuating) + len(self.returning)
+
+    def _balance(self) -> None:
+        """Card 0, without a prompt, takes over what finds no slot on the decode card; without one for a while, part of a
+        large batch there, a few at a time. The youngest first."""
+        main, own = self.main_batch, self.batches[self.prefill_card]
+        steps = self.managers[main.card].launched_steps
+        if self._has_prompts() or self.evacuated:
+            self._last_busy_step = steps
+            return
+        seconds = (steps - self._last_busy_step) * self.pace.decode_s[main.card]
+        taken = own.num_living + len(self.evacuating)
+        candidates: Iterable[Sequence] = main.ready if not main.free_slots else []
+        count = self.config.max_num_seqs - taken
+        if not candidates:
+            if seconds < BALANCE_AFTER_S or len(main.running) < 2 * taken + BALANCE_ROWS:
+                return
+            candidates = main.running
+            count = min(count, (len(main.running) - taken) // 2, MOVES_IN_FLIGHT - self._num_moving)
+        for sequence in heapq.nlargest(count, candidates, key=lambda sequence: sequence.order):
+            if not self._take_over(sequence):
+                return
+
+    def _take_over(self, sequence: Sequence) -> bool:
+        """From the decode card to card 0, which decodes it from then on; False if that has no room."""
+        own, done = self.batches[self.prefill_card], partial(self._taken_over, sequence)
+        if not self._leave_decode_card(sequence, sequence.num_kv_tokens + 1, own.reserve_blocks, done):
+            return False
+        self.counts["taken_over"] += 1
+        return True
+
+    def _taken_over(self, sequence: Sequence) -> None:
+        self.evacuating.discard(sequence)
+        sequence.card = self.prefill_card
+        self.batches[sequence.card].num_living += 1
+        self.batches[sequence.card].add(sequence)
+
+    def _hand_off(self, sequence: Sequence) -> bool:
+        """From card 0, which decodes it, to the decode card; False if that has no slot or no room."""
+        own, main = self.batches[sequence.card], self.main_batch
+        if own is main or main.num_living >= self.config.max_num_seqs:
+            return False
+        if not self._send(sequence, after_step=max(own.launched, default=0)):
+            return False
+        own.remove(sequence)
+        own.num_living -= 1
+        self._returns(sequence)
+        self.counts["hand_offs"] += 1
+        return True
+
+    def _send(self, sequence: Sequence, after_step: int) -> bool:
+        """Start moving a sequence to the decode card, with room for the token that its next step writes."""
+        num_tokens, reserve = sequence.num_kv_tokens + 1, self.main_batch.reserve_blocks
+        done = partial(self._returned, sequence)
+        return self.handoff.move(sequence, self.decode_card, num_tokens, reserve, after_step, done)
+
+    def _returns(self, sequence: Sequence) -> None:
+        sequence.move_to(State.RETURNING)
+        sequence.card = self.decode_card
+        self.main_batch.num_living += 1
+        self.returning.add(sequence)
 
     def _returned(self, sequence: Sequence) -> None:
         self.returning.discard(sequence)
-        sequence.move_to(State.READY)
-        self.ready.append(sequence)
+        self.main_batch.add(sequence)
 
-    def _reserve_blocks(self) -> int:
-        """The watermark on the decode card: a block for each sequence that lives there, plus the run-ahead.
-
-        Progress rests on it: without, a sequence that returns takes the block that its eviction has just freed.
-        """
-        living = self.num_on_decode_card
-        return living + self.config.steps_ahead if living else 0
-
-    def _update_pause(self) -> None:
+    def _may_admit(self) -> bool:
         """Back-pressure: prefill pauses at the high mark of the decode backlog and resumes at the low one."""
         backlog = self.backlog
         if backlog >= self.config.backlog_high and not self.paused:
@@ -312,28 +398,34 @@ class Scheduler:
             self.counts["pauses"] += 1
         elif backlog <= self.config.backlog_low:
             self.paused = False
+        return not self.paused
 
     @property
     def backlog(self) -> int:
         """Sequences that have left the decode card, and those that will find no free slot there."""
         moving = len(self.evacuating) + len(self.evacuated) + len(self.returning)
-        entering = self.num_on_decode_card - len(self.running) - len(self.returning)
-        return moving + max(0, entering - len(self.free_slots))
+        main = self.main_batch
+        entering = main.num_living - len(main.running) - len(self.returning)
+        return moving + max(0, entering - len(main.free_slots))
 
     # -- what came back
 
-    def complete(self, shard: Shard, result: StepResult | None) -> list[SampledToken]:
-        """A shard has completed on its card. Tokens of sequences that have finished meanwhile are dropped here."""
+    def complete(self, shard: Shard, result: StepResult | None, seconds: float = 0.0) -> list[SampledToken]:
+        """A shard has completed on its card, which took it so many seconds. Tokens of sequences that have finished
+        meanwhile are dropped here."""
         if isinstance(shard, CopyShard):
             self.handoff.copy_done(shard)
             return []
         assert result is not None
+        self.pace.record(shard, seconds)
         self.managers[shard.card].complete_step(shard.step)
-        if isinstance(shard, DecodeShard):
-            rows = self.launched_decodes.pop(shard.step)
-        else:
-            launched = self.launched_prefills.pop(shard.step)
+        rows: list[Sequence] = []
+        if not isinstance(shard, DecodeShard):
+            launched = self.launched_prefills[shard.card].pop(shard.step)
             rows = [row for group, end in launched for row in self._prefilled(group, end)]
+        if not isinstance(shard, PrefillShard):
+            decoded = self.batches[shard.card].launched.pop(shard.step)
+            rows = rows + decoded if rows else decoded
         return self._collect(rows, result)
 
     def _collect(self, rows: list[Sequence], result: StepResult) -> list[SampledToken]:
@@ -350,11 +442,11 @@ class Scheduler:
         if end < group.num_tokens:
             return []
         group.prefilled = True
-        if group in self.prefilling:  # an abort has taken it out already
-            self.prefilling.remove(group)
+        if group in self.prefilling[group.prefill_card]:  # an abort has taken it out already
+            self.prefilling[group.prefill_card].remove(group)
         group.leader.request.timeline.mark("prefilled")
-        if self.handoff.two_cards and group.leader.lease is not None:
-            group.leader.lease.drop(self.prefill_card)
+        if group.changes_cards and group.leader.lease is not None:
+            group.leader.lease.drop(group.prefill_card)
         if group.copies_in_flight:
             for sequence in group.members:
                 sequence.move_to(State.COPYING)
@@ -370,8 +462,7 @@ class Scheduler:
         self.handoff.register_resident(group)
         group.leader.request.timeline.mark("resident")
         for sequence in group.members:
-            sequence.move_to(State.READY)
-            self.ready.append(sequence)
+            self.batches[group.decode_card].add(sequence)
 
     # -- out
 
@@ -380,10 +471,10 @@ class Scheduler:
         if sequence.finished:
             return
         state = sequence.state
-        resident = state in (State.DECODING, State.EVACUATING)
         self._leave_queue(sequence)
-        self.num_on_decode_card -= state in ON_DECODE_CARD
-        if resident and reason in ("stop", "length"):
+        if state in LIVES_TO_DECODE:
+            self.batches[sequence.card].num_living -= 1
+        if reason in ("stop", "length"):
             self._write_back(sequence)
         if sequence.lease is not None:
             sequence.lease.release()
@@ -393,21 +484,21 @@ class Scheduler:
         if all(sibling.finished for sibling in sequence.request.sequences):
             sequence.request.timeline.mark("finished")
         if state is State.PREFILLING:
-            self.prefilling = deque(group for group in self.prefilling if group.members)
+            for card, groups in self.prefilling.items():
+                self.prefilling[card] = deque(group for group in groups if group.members)
         sequence.finish_reason = reason  # last: readers look at it first
 
     def _write_back(self, sequence: Sequence) -> None:
-        copied = self.handoff.write_back(sequence)
-        self.counts["write_backs_skipped"] += copied is None
-        self.counts["write_backs"] += bool(copied)
+        """From where it is whole: a sequence may be found to have ended while it moves."""
+        whole_on = {State.DECODING: sequence.card, State.EVACUATING: self.decode_card, State.RETURNING: 0}
+        if sequence.state in whole_on:
+            copied = self.handoff.write_back(sequence, whole_on[sequence.state])
+            self.counts["write_backs_skipped"] += copied is None
+            self.counts["write_backs"] += bool(copied)
 
     def _leave_queue(self, sequence: Sequence) -> None:
-        if sequence.slot is not None:
-            self.free_slots.append(sequence.slot)
-            sequence.slot = None
-            del self.running[sequence]
-        elif sequence.state is State.READY:
-            self.ready.remove(sequence)
+        if sequence.state in (State.READY, State.DECODING):
+            self.batches[sequence.card].remove(sequence)
         elif sequence.state is State.EVACUATED:
             self.evacuated.remove(sequence)
         self.evacuating.discard(sequence)
@@ -419,22 +510,27 @@ class Scheduler:
     def idle(self) -> bool:
         """No sequence anywhere, no launched step, no copy in flight."""
         queued = any(group.members for _, group in self.waiting)
-        in_flight = self.launched_prefills or self.launched_decodes or self.handoff.pending
-        return not (queued or self.living() or in_flight)
+        launched = any(self.launched_prefills.values()) or any(batch.launched for batch in self.batches.values())
+        return not (queued or self.living() or launched or self.handoff.pending)
 
     def living(self) -> list[Sequence]:
         """Every unfinished sequence that holds blocks."""
-        grouped = [sequence for group in (*self.prefilling, *self.copying) for sequence in group.members]
-        return [*grouped, *self.ready, *self.running, *self.evacuating, *self.evacuated, *self.returning]
+        groups = [group for queue in self.prefilling.values() for group in queue]
+        grouped = [sequence for group in (*groups, *self.copying) for sequence in group.members]
+        decoding = [sequence for batch in self.batches.values() for sequence in (*batch.ready, *batch.running)]
+        return [*grouped, *decoding, *self.evacuating, *self.evacuated, *self.returning]
 
     def check_integrity(self) -> None:
         """Owners of every block on every card, recounted. For tests and idle times: it walks all blocks."""
         waiting = [sequence for _, group in self.waiting for sequence in group.members]
         assert all(sequence.lease is None for sequence in waiting), "a sequence holds blocks while it waits for more"
-        counted = sum(sequence.state in ON_DECODE_CARD for sequence in self.living())
-        assert counted == self.num_on_decode_card, (
-            f"{counted} sequences on the decode card, not {self.num_on_decode_card}"
-        )
+        waiting_tokens = sum(group.num_tokens for _, group in self.waiting)
+        assert waiting_tokens == self.num_waiting_tokens, f"{waiting_tokens} waiting, not {self.num_waiting_tokens}"
+        counted = Counter(sequence.card for sequence in self.living() if sequence.state in LIVES_TO_DECODE)
+        for card, batch in self.batches.items():
+            assert counted[card] == batch.num_living, (
+                f"{counted[card]} sequences on card {card}, not {batch.num_living}"
+            )
         for card, manager in self.managers.items():
             owners: Counter[int] = Counter()
             leases = [sequence.lease for sequence in self.living()]
@@ -449,12 +545,13 @@ class Scheduler:
 
     def stats(self) -> dict[str, Any]:
         """Queues now, blocks by card, and counts since the start."""
+        groups = [group for queue in self.prefilling.values() for group in list(queue)]
         queues = {
             "waiting": sum(len(group.members) for _, group in list(self.waiting)),
-            "prefilling": sum(len(group.members) for group in list(self.prefilling)),
+            "prefilling": sum(len(group.members) for group in groups),
             "copying": sum(len(group.members) for group in list(self.copying)),
-            "ready": len(self.ready),
-            "decoding": len(self.running),
+            "ready": sum(len(batch.ready) for batch in self.batches.values()),
+            "decoding": sum(len(batch.running) for batch in self.batches.values()),
             "evacuated": len(self.evacuating) + len(self.evacuated) + len(self.returning),
         }
         blocks = {
@@ -466,7 +563,8 @@ class Scheduler:
             for card, manager in self.managers.items()
         }
         names = ("cached_tokens", "evacuations", "recomputes", "write_backs", "write_backs_skipped", "pauses")
-        return queues | blocks | {name: self.counts[name] for name in names} | {"prefill_paused": self.paused}
+        counts = {name: self.counts[name] for name in (*names, "helped", "hand_offs", "taken_over")}
+        return queues | blocks | counts | {"prefill_paused": self.paused}
 
     def describe(self) -> str:
         """One line for an error message."""

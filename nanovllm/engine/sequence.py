@@ -51,6 +51,7 @@ class Sequence:
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.tokens: list[int] = list(request.prompt_token_ids)
         self.state = State.WAITING
+        self.card = 0  # where it decodes or will, once it was admitted
         self.lease: SequenceLease | None = None
         self.slot: int | None = None
         self.num_kv_tokens = 0  # positions whose KV is written by steps launched so far
@@ -171,6 +172,7 @@ class PrefillGroup:
     def __init__(self, sequences: list[Sequence]) -> None:
         self.sequences = sequences
         self.num_tokens = len(self.leader.tokens)
+        self.cards = (0, 0)  # which prefills it and which decodes it, once it was admitted
         self.num_launched_tokens = 0  # prefilled or cached, as far as launched
         self.num_mirrored_blocks = 0  # leading blocks resident on, or on their way to, the decode card
         self.copies_in_flight = 0
@@ -179,6 +181,18 @@ class PrefillGroup:
     @property
     def leader(self) -> Sequence:
         return self.sequences[0]
+
+    @property
+    def prefill_card(self) -> int:
+        return self.cards[0]
+
+    @property
+    def decode_card(self) -> int:
+        return self.cards[1]
+
+    @property
+    def changes_cards(self) -> bool:
+        return self.cards[0] != self.cards[1]
 
     @property
     def members(self) -> list[Sequence]:

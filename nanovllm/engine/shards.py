@@ -88,6 +88,19 @@ class DecodeShard:
 
 
 @dataclass(frozen=True, slots=True)
+class MixedShard:
+    """Chunks of prompts and decode rows of one card in one step: both halves name that card and step, neither is empty.
+
+    Its result has the samples of `prefill` first, then a row for each slot of `decode`.
+    """
+
+    card: int
+    step: int
+    prefill: PrefillShard
+    decode: DecodeShard
+
+
+@dataclass(frozen=True, slots=True)
 class CopyShard:
     """Whole blocks from card `src` to card `dst` (which may be the same), not before `after_step` of `src` ended."""
 
@@ -118,4 +131,4 @@ class StepResult:
         return self.logprobs[row] if self.logprobs else None
 
 
-Shard = PrefillShard | DecodeShard | CopyShard
+Shard = PrefillShard | DecodeShard | MixedShard | CopyShard

@@ -1,8 +1,8 @@
 """What every card did and when, on the host's clock: JSON that ui.perfetto.dev and chrome://tracing open.
 
 Format: Google's "Trace Event Format", https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
-A process per card with a lane each for prefill, decode and the copies that leave it; one for the host with the engine
-loop; and an arrow from each prompt's last chunk through its last copy to its first decode step.
+A process per card with a lane each for prefill, decode, steps that are both, and the copies that leave it; one for the
+host with the engine loop; and an arrow from each prompt's last chunk through its last copy to its first decode step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from nanovllm.engine.shards import CopyShard, DecodeShard, PrefillShard, Shard
+from nanovllm.engine.request_states import State
+from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillShard, Shard
 
 if TYPE_CHECKING:
     from nanovllm.engine.executor import Job
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 MAX_SPANS = 1_000_000  # what follows is dropped and counted: a forgotten trace must not eat the host's memory
 HOST = -1  # where a card's number stands
-LANES = ("scheduler", "prefill", "decode", "copy")
+LANES = ("scheduler", "prefill", "decode", "mixed", "copy")
+JUST_PREFILLED = frozenset({State.COPYING, State.READY})  # of a sequence whose last chunk has just completed
 CALIBRATIONS = 5
 REBASE_S = 1.0
 
@@ -110,10 +112,13 @@ class TraceRecorder:
     def _follow(self, span: Span, shard: Shard, sampled: list[SampledToken]) -> None:
         if isinstance(shard, CopyShard):
             self._copied.update({(shard.dst, target): span for _, target in shard.block_pairs})
-        elif isinstance(shard, PrefillShard):
-            self._prefilled.update({token.sequence.order: span for token in sampled})
-        elif shard.entries:
-            self._first_decodes(span, shard, sampled)
+            return
+        decode = shard.decode if isinstance(shard, MixedShard) else shard
+        if isinstance(decode, DecodeShard) and decode.entries:  # first: what is prefilled here is decoded later
+            self._first_decodes(span, decode, sampled)
+        if not isinstance(shard, DecodeShard):
+            new = [token.sequence for token in sampled if token.sequence.state in JUST_PREFILLED]
+            self._prefilled.update({sequence.order: span for sequence in new})
 
     def _first_decodes(self, span: Span, shard: DecodeShard, sampled: list[SampledToken]) -> None:
         by_slot = {token.sequence.slot: token.sequence for token in sampled}
@@ -184,6 +189,10 @@ def _describe(job: Job) -> tuple[str, int, dict[str, int]]:
     if isinstance(shard, PrefillShard):
         rows, tokens = len(shard.chunks), shard.num_tokens
         return "prefill", shard.card, {"step": shard.step, "rows": rows, "tokens": tokens, "samples": shard.num_samples}
+    if isinstance(shard, MixedShard):
+        tokens, rows = shard.prefill.num_tokens, len(shard.decode.slots)
+        args = {"step": shard.step, "chunk_tokens": tokens, "rows": rows, "tokens": tokens + rows}
+        return "mixed", shard.card, args | {"samples": shard.prefill.num_samples}
     tokens = len(shard.slots)
     args = {"step": shard.step, "rows": tokens, "tokens": tokens, "max_context_tokens": shard.max_context_tokens}
     return "decode", shard.card, args

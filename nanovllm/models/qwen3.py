@@ -1,4 +1,4 @@
-"""Qwen3 dense, over a paged KV cache. Prefill and decode are one loop over two stages a layer.
+"""Qwen3 dense, over a paged KV cache. Prefill, decode and both together are one loop over two stages a layer.
 
 Between stages a pair travels: `hidden`, the last stage's output, and `residual`, the stream before it was
 added (None ahead of the first layer). The stream's value is their sum; each stage's norm does the adding.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nanovllm.engine.kv_cache import KVCache
-from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, PrefillMetadata
+from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, MixedMetadata, PrefillMetadata
 from nanovllm.layers.elementwise import Elementwise
 from nanovllm.layers.embedding import Embedding, project_to_logits
 from nanovllm.layers.linear import FusedLinear, Linear
@@ -21,7 +21,7 @@ from nanovllm.layers.norm import RMSNorm
 from nanovllm.layers.rotary import RotaryEmbedding
 from nanovllm.models.model_config import ModelConfig
 
-AttentionMetadata = PrefillMetadata | DecodeMetadata
+AttentionMetadata = PrefillMetadata | DecodeMetadata | MixedMetadata
 
 
 class Qwen3Attention(nn.Module):
@@ -51,8 +51,10 @@ class Qwen3Attention(nn.Module):
         q_THD = self.backend.elementwise.split_qkv(self, qkv, positions, (k_pages, v_pages), metadata.slot_mapping)
         if isinstance(metadata, PrefillMetadata):
             out_THD = self.backend.prefill(q_THD, k_pages, v_pages, metadata)
-        else:
+        elif isinstance(metadata, DecodeMetadata):
             out_THD = self.backend.decode(q_THD, k_pages, v_pages, metadata)
+        else:
+            out_THD = self.backend.mixed(q_THD, k_pages, v_pages, metadata)
         return self.backend.elementwise.linear(self.o_proj, out_THD.flatten(-2))
 
     def checkpoint_slots(self) -> dict[str, Tensor]:
@@ -167,7 +169,7 @@ class Qwen3ForCausalLM(nn.Module):
         hidden, residual = self._forward_layers(input_ids_T, positions_T, kv_cache, metadata)
         if logits_index.shape[0] == 0:
             return hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
-        return self.compute_logits(hidden[logits_index], residual[logits_index])
+        return self._logits_of(hidden, residual, logits_index)
 
     def forward_decode(
         self,
@@ -180,6 +182,26 @@ class Qwen3ForCausalLM(nn.Module):
         """One token for each row, int64 [B]; float32 logits [B, vocab_size], in `out` if given. Never waits."""
         hidden, residual = self._forward_layers(input_ids_B, positions_B, kv_cache, metadata)
         return self.compute_logits(hidden, residual, out)
+
+    def forward_mixed(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        kv_cache: KVCache,
+        metadata: MixedMetadata,
+        logits_index: Tensor,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """`forward_prefill` and `forward_decode` at once, so that the weights are read once.
+
+        input_ids, positions: int64 [T + B], the chunks' tokens, then one for each row. logits_index: int64, which of
+        these tokens' logits are wanted, at least one; float32 [len(logits_index), vocab_size], in `out` if given.
+        """
+        hidden, residual = self._forward_layers(input_ids, positions, kv_cache, metadata)
+        return self._logits_of(hidden, residual, logits_index, out)
+
+    def _logits_of(self, hidden: Tensor, residual: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.compute_logits(hidden.index_select(-2, index), residual[index], out)
 
     def _forward_layers(
         self, input_ids: Tensor, positions: Tensor, kv_cache: KVCache, metadata: AttentionMetadata

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 
@@ -37,6 +38,19 @@ class Cards:
         request = Request(str(self._arrivals), self._arrivals, None, tokens, params, max_tokens=max_tokens)
         return PrefillGroup(request.sequences)
 
+    def admit(self, group: PrefillGroup, reserve_blocks: int) -> bool:
+        return self.handoff.admit(group, 0, self.handoff.decode, reserve_blocks)
+
+    def evacuate(self, sequence: Sequence, done: Callable[[], None] = lambda: None) -> bool:
+        steps = self.managers[1].launched_steps
+        return self.handoff.move(sequence, 0, sequence.num_kv_tokens, 0, steps, done)
+
+    def bring_back(self, sequence: Sequence, reserve_blocks: int) -> bool:
+        return self.handoff.move(sequence, 1, sequence.num_kv_tokens + 1, reserve_blocks, 0, lambda: None)
+
+    def write_back(self, sequence: Sequence) -> int | None:
+        return self.handoff.write_back(sequence, self.handoff.decode)
+
     def free(self) -> list[int]:
         return [manager.num_free_blocks for manager in self.managers.values()]
 
@@ -49,7 +63,7 @@ class Cards:
     def prefilled(self, tokens: list[int], **options: int) -> PrefillGroup:
         """Admitted, computed, copied, registered on both cards; the prefill card's table is dropped."""
         group = self.group(tokens, **options)
-        assert self.handoff.admit(group, 0)
+        assert self.admit(group, 0)
         group.num_launched_tokens = group.num_tokens
         for sequence in group.sequences:
             sequence.num_kv_tokens = group.num_tokens
@@ -57,7 +71,7 @@ class Cards:
         self.finish_copies()
         self.handoff.register_prefilled(group, group.num_tokens)
         self.handoff.register_resident(group)
-        if self.handoff.two_cards:
+        if len(self.managers) == 2:
             group.leader.lease.drop(0)
         return group
 
@@ -82,7 +96,7 @@ def release(group: PrefillGroup) -> None:
 def test_blocks_of_both_cards_are_taken_all_or_nothing(pools: tuple[int, int], fits: bool) -> None:
     cards = Cards(*pools)
     group = cards.group(tokens_of(10))  # 3 blocks on each card
-    assert cards.handoff.admit(group, 0) is fits
+    assert cards.admit(group, 0) is fits
     if fits:
         assert [len(group.leader.lease.tables[card]) for card in (0, 1)] == [3, 3]
         assert cards.free() == [pool - 3 for pool in pools]
@@ -95,7 +109,7 @@ def test_prompts_around_whole_blocks(prompt: int, on_prefill: int, on_decode: in
     """The decode card has the block of the first generated token too; a prompt of exactly k blocks needs k + 1."""
     cards = Cards(8, 8)
     group = cards.group(tokens_of(prompt))
-    assert cards.handoff.admit(group, 0)
+    assert cards.admit(group, 0)
     tables = group.leader.lease.tables
     assert (len(tables[0]), len(tables[1])) == (on_prefill, on_decode)
 
@@ -105,21 +119,21 @@ def test_watermark_stays_free_on_the_decode_card(cards: int) -> None:
     pools = (8,) if cards == 1 else (3, 8)
     for reserve, fits in ((5, True), (6, False)):
         world = Cards(*pools)
-        assert world.handoff.admit(world.group(tokens_of(10)), reserve) is fits
+        assert world.admit(world.group(tokens_of(10)), reserve) is fits
 
 
 def test_watermark_counts_cached_blocks_that_admission_takes_from_the_free_list() -> None:
     cards = Cards(4)
     release(cards.prefilled(tokens_of(12)))  # 3 cached, 1 plain; all 4 free
     again = cards.group(tokens_of(12))
-    assert not cards.handoff.admit(again, 1) and cards.handoff.admit(again, 0)
+    assert not cards.admit(again, 1) and cards.admit(again, 0)
     assert cards.free() == [0]
 
 
 def test_answer_of_one_token_takes_nothing_on_the_decode_card() -> None:
     cards = Cards(4, 4)
     group = cards.group(tokens_of(9), max_tokens=1)
-    assert cards.handoff.admit(group, 99) and cards.free() == [1, 4]
+    assert cards.admit(group, 99) and cards.free() == [1, 4]
     group.num_launched_tokens = 9
     cards.handoff.mirror(group, 1, lambda: None)
     assert cards.handoff.drain_outbox() == []
@@ -131,7 +145,7 @@ def test_full_prefix_hit_still_computes_a_token(prompt: int, computed: int, pool
     cards = Cards(*pools)
     release(cards.prefilled(tokens_of(prompt)))
     group = cards.group(tokens_of(prompt))
-    assert cards.handoff.admit(group, 0)
+    assert cards.admit(group, 0)
     assert group.num_tokens - group.num_launched_tokens == computed >= 1
 
 
@@ -139,7 +153,7 @@ def test_no_prefix_is_found_without_prefix_caching() -> None:
     cards = Cards(20, 20, prefix_caching=False)
     release(cards.prefilled(tokens_of(12)))
     group = cards.group(tokens_of(12))
-    assert cards.handoff.admit(group, 0) and group.num_launched_tokens == 0
+    assert cards.admit(group, 0) and group.num_launched_tokens == 0
 
 
 # -- mirroring
@@ -148,7 +162,7 @@ def test_no_prefix_is_found_without_prefix_caching() -> None:
 def test_mirror_copies_new_full_blocks_and_at_the_end_the_tail() -> None:
     cards = Cards(8, 8)
     group = cards.group(tokens_of(10))
-    assert cards.handoff.admit(group, 0)
+    assert cards.admit(group, 0)
     source, target = (group.leader.lease.tables[card] for card in (0, 1))
     expected = {3: [], 4: [0], 7: [], 9: [1], 10: [2]}
     for launched, blocks in expected.items():
@@ -164,7 +178,7 @@ def test_mirror_copies_new_full_blocks_and_at_the_end_the_tail() -> None:
 def test_siblings_share_full_blocks_and_have_a_tail_each(prompt: int, tails: int, pools: tuple[int, ...]) -> None:
     cards = Cards(*pools)
     group = cards.group(tokens_of(prompt), n=3)
-    assert cards.handoff.admit(group, 0)
+    assert cards.admit(group, 0)
     card = cards.handoff.decode
     tables = [sequence.lease.tables[card] for sequence in group.sequences]
     assert len({tuple(table[:2]) for table in tables}) == 1 and len({table[2] for table in tables}) == 3
@@ -178,7 +192,7 @@ def test_siblings_share_full_blocks_and_have_a_tail_each(prompt: int, tails: int
 def test_copies_own_their_blocks_until_they_have_drained() -> None:
     cards = Cards(8, 8)
     group = cards.group(tokens_of(10))
-    cards.handoff.admit(group, 0)
+    cards.admit(group, 0)
     group.num_launched_tokens = 10
     cards.handoff.mirror(group, 1, lambda: None)
     (shard,) = cards.handoff.drain_outbox()
@@ -191,7 +205,7 @@ def test_copies_own_their_blocks_until_they_have_drained() -> None:
 def test_a_target_that_changed_hands_in_flight_is_noticed() -> None:
     cards = Cards(8, 8)
     group = cards.group(tokens_of(10))
-    cards.handoff.admit(group, 0)
+    cards.admit(group, 0)
     group.num_launched_tokens = 10
     cards.handoff.mirror(group, 1, lambda: None)
     (shard,) = cards.handoff.drain_outbox()
@@ -204,16 +218,16 @@ def test_blocks_count_on_the_decode_card_only_once_registered() -> None:
     """A prompt admitted while another's copies are in flight may not share their targets."""
     cards = Cards(20, 20)
     first = cards.group(tokens_of(9))
-    cards.handoff.admit(first, 0)
+    cards.admit(first, 0)
     first.num_launched_tokens = 9
     cards.handoff.mirror(first, 1, lambda: None)
     second = cards.group(tokens_of(9))
-    cards.handoff.admit(second, 0)
+    cards.admit(second, 0)
     assert not set(first.leader.lease.tables[1]) & set(second.leader.lease.tables[1])
     cards.finish_copies()
     cards.handoff.register_resident(first)
     third = cards.group(tokens_of(9))
-    cards.handoff.admit(third, 0)
+    cards.admit(third, 0)
     assert third.leader.lease.tables[1][:2] == first.leader.lease.tables[1][:2]
 
 
@@ -233,7 +247,7 @@ def test_decode_card_shares_among_living_sequences_only() -> None:
     release(third)
     assert cards.free() == [20, 20] and cards.managers[1].num_cached_blocks == 0
     fourth = cards.group(tokens_of(9))
-    cards.handoff.admit(fourth, 0)
+    cards.admit(fourth, 0)
     assert fourth.num_launched_tokens == 8 and fourth.num_mirrored_blocks == 0  # found on card 0, copied again
 
 
@@ -242,7 +256,7 @@ def test_decode_card_shares_among_living_sequences_only() -> None:
 
 def evacuated(cards: Cards, group: PrefillGroup) -> bool:
     done: list[int] = []
-    if not cards.handoff.evacuate(group.leader, lambda: done.append(1)):
+    if not cards.evacuate(group.leader, lambda: done.append(1)):
         return False
     assert not done
     cards.finish_copies()
@@ -255,12 +269,12 @@ def test_evacuation_and_return_copy_what_the_other_card_lacks() -> None:
     group = cards.prefilled(tokens_of(9))
     cards.decode(group.leader, tokens_of(6, 100))  # 15 tokens, KV of 14: 3 full blocks, a tail of 2 tokens
     before = cards.free()
-    assert cards.handoff.evacuate(group.leader, lambda: None)
+    assert cards.evacuate(group.leader)
     (shard,) = cards.handoff.drain_outbox()
     assert (shard.src, shard.dst, len(shard.block_pairs)) == (1, 0, 2)  # the prompt's 2 full blocks are cached there
     cards.handoff.copy_done(shard)
     assert list(group.leader.lease.tables) == [0] and cards.free() == [before[0] - 4, 20]
-    assert cards.handoff.bring_back(group.leader, 0, lambda: None)
+    assert cards.bring_back(group.leader, 0)
     (shard,) = cards.handoff.drain_outbox()
     assert (shard.src, shard.dst, len(shard.block_pairs)) == (0, 1, 4)
     cards.handoff.copy_done(shard)
@@ -274,7 +288,7 @@ def test_evacuated_blocks_at_an_exact_boundary_come_back_with_room_for_the_next_
     group = cards.prefilled(tokens_of(9))
     cards.decode(group.leader, tokens_of(4, 100))  # KV of 12 tokens
     assert evacuated(cards, group)
-    assert cards.handoff.bring_back(group.leader, 0, lambda: None)
+    assert cards.bring_back(group.leader, 0)
     (shard,) = cards.finish_copies()
     assert len(shard.block_pairs) == 3 and len(group.leader.lease.tables[1]) == 4
 
@@ -293,9 +307,9 @@ def test_return_waits_for_the_watermark() -> None:
     group = cards.prefilled(tokens_of(9))
     cards.decode(group.leader, [7])
     assert evacuated(cards, group)
-    assert not cards.handoff.bring_back(group.leader, 4, lambda: None)
+    assert not cards.bring_back(group.leader, 4)
     assert list(group.leader.lease.tables) == [0] and cards.free()[1] == 6
-    assert cards.handoff.bring_back(group.leader, 3, lambda: None)
+    assert cards.bring_back(group.leader, 3)
 
 
 def test_evacuation_and_return_leave_a_shared_prefix_to_its_other_owner() -> None:
@@ -305,7 +319,7 @@ def test_evacuation_and_return_leave_a_shared_prefix_to_its_other_owner() -> Non
     shared = stays.leader.lease.tables[1][:2]
     assert evacuated(cards, leaves)
     assert stays.leader.lease.tables[1][:2] == shared
-    assert cards.handoff.bring_back(leaves.leader, 0, lambda: None)
+    assert cards.bring_back(leaves.leader, 0)
     assert leaves.leader.lease.tables[1][:2] == shared  # shared again, not copied
     (shard,) = cards.handoff.drain_outbox()
     assert not set(shared) & {target for _, target in shard.block_pairs}
@@ -319,11 +333,11 @@ def test_evacuation_and_return_leave_a_shared_prefix_to_its_other_owner() -> Non
 def test_abort_while_evacuated_lets_go_of_everything(when: str) -> None:
     cards = Cards(20, 20)
     group = cards.prefilled(tokens_of(9))
-    assert cards.handoff.evacuate(group.leader, lambda: None)
+    assert cards.evacuate(group.leader)
     if when != "leaving":
         cards.finish_copies()
     if when == "returning":
-        assert cards.handoff.bring_back(group.leader, 0, lambda: None)
+        assert cards.bring_back(group.leader, 0)
     group.leader.lease.release()
     group.leader.lease = None
     group.leader.move_to(State.FINISHED)
@@ -341,22 +355,22 @@ def test_written_back_answers_are_found_by_the_next_turn(pools: tuple[int, ...],
     cards = Cards(*pools)
     group = cards.prefilled(tokens_of(9))
     cards.decode(group.leader, tokens_of(answer, 100))
-    copied = cards.handoff.write_back(group.leader)
+    copied = cards.write_back(group.leader)
     assert copied == (found - 8) // SIZE * (len(pools) - 1)
     release(group)
     cards.finish_copies()
     turn = cards.group([*group.leader.tokens, 5, 6, 7, 8, 9])
-    assert cards.handoff.admit(turn, 0) and turn.num_launched_tokens == found
+    assert cards.admit(turn, 0) and turn.num_launched_tokens == found
 
 
 def test_written_back_blocks_are_not_found_before_their_copy_ended() -> None:
     cards = Cards(30, 30)
     group = cards.prefilled(tokens_of(9))
     cards.decode(group.leader, tokens_of(8, 100))
-    cards.handoff.write_back(group.leader)
+    cards.write_back(group.leader)
     release(group)
     early = cards.group([*group.leader.tokens, 5])
-    assert cards.handoff.admit(early, 0) and early.num_launched_tokens == 8
+    assert cards.admit(early, 0) and early.num_launched_tokens == 8
 
 
 def test_write_back_without_room_is_skipped_and_evicts_nobody() -> None:
@@ -364,7 +378,7 @@ def test_write_back_without_room_is_skipped_and_evicts_nobody() -> None:
     group = cards.prefilled(tokens_of(9))
     cards.decode(group.leader, tokens_of(20, 100))
     free = cards.free()
-    assert cards.handoff.write_back(group.leader) is None
+    assert cards.write_back(group.leader) is None
     assert cards.free() == free and not cards.handoff.pending
 
 
@@ -373,9 +387,9 @@ def test_write_back_twice_copies_once() -> None:
     first, second = cards.prefilled(tokens_of(9)), cards.prefilled(tokens_of(9))
     for group in (first, second):
         cards.decode(group.leader, tokens_of(8, 100))
-    assert cards.handoff.write_back(first.leader) == 2
+    assert cards.write_back(first.leader) == 2
     cards.finish_copies()
-    assert cards.handoff.write_back(second.leader) == 0
+    assert cards.write_back(second.leader) == 0
 
 
 def test_write_backs_in_flight_together_do_not_disturb_each_other() -> None:
@@ -383,19 +397,21 @@ def test_write_backs_in_flight_together_do_not_disturb_each_other() -> None:
     groups = [cards.prefilled(tokens_of(9)) for _ in range(2)]
     for group in groups:
         cards.decode(group.leader, tokens_of(8, 100))
-        assert cards.handoff.write_back(group.leader) == 2
+        assert cards.write_back(group.leader) == 2
         release(group)
     cards.finish_copies()
     assert cards.free() == [30, 30]
     turn = cards.group([*groups[0].leader.tokens, 5])
-    assert cards.handoff.admit(turn, 0) and turn.num_launched_tokens == 16
+    assert cards.admit(turn, 0) and turn.num_launched_tokens == 16
 
 
 # -- the same, under the engine loop on the simulated device
 
 
 def small_world(pools: tuple[int, ...], **options: int) -> World:
-    return World(tiny_config(SIZE, enable_two_gpu_pd=len(pools) == 2, **options), pools, random.Random(0))
+    return World(
+        tiny_config(SIZE, enable_two_gpu_pd=len(pools) == 2, pd_roles="strict", **options), pools, random.Random(0)
+    )
 
 
 def test_nobody_holds_card_0_while_waiting_for_card_1() -> None:

@@ -229,7 +229,7 @@ def test_step_raises_when_the_engine_dies(llm: LLM) -> None:
 
 
 def test_a_plan_that_cannot_move_is_an_error_not_a_hang(llm: LLM) -> None:
-    llm._engine.scheduler.ready_for_prefill = lambda: None  # type: ignore[method-assign]
+    llm._engine.scheduler.ready_for_prefill = lambda card: []  # type: ignore[method-assign]
     error = Caller(lambda: ids_of(llm, [[1]])).outcome()
     assert isinstance(error, EngineDeadError) and "the plan is stuck: waiting=1" in str(error)
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from bench import SHAPES, write_shape
-from nanovllm.engine.model_runner import token_places
-from nanovllm.engine.prefill_graphs import MAX_SEQUENCES, PrefillGraphs, token_sizes
+from nanovllm.engine.prefill_graphs import MAX_SEQUENCES, ChunkBatch, PrefillGraphs, token_places, token_sizes
 from nanovllm.models.model_config import load_model_config
 
 BLOCK_SIZE, NUM_BLOCKS, MAX_MODEL_LEN, VOCABULARY = 4, 50, 64, 11
@@ -25,8 +24,8 @@ class Seen:
         self.graphs, self.size = graphs, size
 
     def replay(self) -> None:
-        self.tokens = self.graphs.tokens_3T[:, : self.size].clone()
-        self.sequences, self.tables = self.graphs.sequences_3S.clone(), self.graphs.tables_SN.clone()
+        self.tokens = self.graphs.buffers.tokens_3T[:, : self.size].clone()
+        self.sequences, self.tables = self.graphs.buffers.sequences_3S.clone(), self.graphs.buffers.tables_SN.clone()
 
 
 @pytest.fixture
@@ -66,7 +65,7 @@ def test_steps_one_after_the_other(graphs: PrefillGraphs) -> None:
         ids = torch.tensor([rng.randrange(VOCABULARY) for _ in expected])
         size = graphs.size_for(len(ids), count)
         assert size is not None
-        graphs.replay(size, torch.stack([ids, positions, mapping]), query_lens, contexts, tables)
+        graphs.replay(size, ChunkBatch(torch.stack([ids, positions, mapping]), query_lens, contexts, tables))
         check(graphs._graphs[size], ids, positions, mapping, query_lens, contexts, tables)  # type: ignore[arg-type]
 
 

@@ -10,7 +10,7 @@ import pytest
 from nanovllm.engine.request_states import State
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Request, Sequence
-from nanovllm.engine.shards import CopyShard, DecodeShard, PrefillShard, Shard, StepResult
+from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillShard, Shard, StepResult
 from nanovllm.sampling_params import SamplingParams
 from tests.sim.world import tiny_config
 
@@ -18,11 +18,18 @@ SIZE = 4  # tokens a block
 STEPS = 2_000  # more than any plan here needs
 
 
+def rows_of(shard: PrefillShard | DecodeShard | MixedShard) -> int:
+    """Tokens that the step samples."""
+    if isinstance(shard, MixedShard):
+        return shard.prefill.num_samples + len(shard.decode.slots)
+    return len(shard.slots) if isinstance(shard, DecodeShard) else shard.num_samples
+
+
 class Plan:
     """A scheduler whose shards stay in flight until a test ends them; the books are checked at every move."""
 
     def __init__(self, *num_blocks: int, **options: Any) -> None:
-        options = {"decode_backlog_high": 100, "decode_backlog_low": 50} | options
+        options = {"decode_backlog_high": 100, "decode_backlog_low": 50, "pd_roles": "strict"} | options
         config = tiny_config(SIZE, enable_two_gpu_pd=len(num_blocks) == 2, **options)
         self.scheduler = Scheduler(config, num_blocks)
         self.in_flight: list[Shard] = []
@@ -55,7 +62,7 @@ class Plan:
         if isinstance(shard, CopyShard):
             num_rows = 0
         else:
-            num_rows = len(shard.slots) if isinstance(shard, DecodeShard) else shard.num_samples
+            num_rows = rows_of(shard)
         for sequence, token, logprobs in self.scheduler.complete(shard, StepResult([7] * num_rows)):
             sequence.append(token, logprobs, 0.0)
             if sequence.num_output_tokens == sequence.request.max_tokens:
@@ -63,14 +70,14 @@ class Plan:
         self.scheduler.check_integrity()
 
     def endable(self, *kinds: type[Shard]) -> list[Shard]:
-        """Shards of `kinds` in launch order; no copy whose source step has not completed."""
-        managers = self.scheduler.managers
-        return [
-            shard
-            for shard in self.in_flight
-            if isinstance(shard, kinds)
-            and not (isinstance(shard, CopyShard) and managers[shard.src].completed_steps < shard.after_step)
-        ]
+        """Shards of `kinds` in launch order, but none that must wait: a copy for its source, a step for another kind."""
+        return [shard for shard in self.in_flight if isinstance(shard, kinds) and self._may_end(shard, kinds)]
+
+    def _may_end(self, shard: Shard, kinds: tuple[type[Shard], ...]) -> bool:
+        if isinstance(shard, CopyShard):
+            return self.scheduler.managers[shard.src].completed_steps >= shard.after_step
+        others = [each for each in self.in_flight if not isinstance(each, (CopyShard, *kinds))]
+        return all(each.card != shard.card or each.step > shard.step for each in others)
 
     def turn(self, *kinds: type[Shard]) -> bool:
         """Launch what there is to launch, then end the first shard of the first of `kinds` that has one."""
@@ -89,17 +96,17 @@ class Plan:
 
     def fill(self) -> None:
         """Prefill everything that is admitted; decode has not begun."""
-        self.scheduler.ready_for_decode = lambda: None  # type: ignore[method-assign]
+        self.scheduler.ready_for_decode = lambda card: None  # type: ignore[method-assign]
         self.run(PrefillShard, CopyShard)
         del self.scheduler.ready_for_decode
 
     def drain(self) -> None:
-        self.run(PrefillShard, DecodeShard, CopyShard)
+        self.run(PrefillShard, MixedShard, DecodeShard, CopyShard)
         assert self.scheduler.idle, self.scheduler.describe()
         for manager in self.scheduler.managers.values():
             assert manager.num_free_blocks == manager.num_blocks and manager.num_retired_blocks == 0
-        assert len(self.scheduler.free_slots) == self.scheduler.config.max_num_seqs
-        assert self.scheduler.num_on_decode_card == 0
+        for batch in self.scheduler.batches.values():
+            assert len(batch.free_slots) == self.scheduler.config.max_num_seqs and batch.num_living == 0
 
     def states(self) -> list[State]:
         return [sequence.state for sequence in self.sequences]
@@ -184,7 +191,7 @@ def test_nothing_is_planned_beyond_max_tokens(max_tokens: int) -> None:
     (short,), (long,) = plan.add(7, max_tokens), plan.add(7)
     plan.fill()
     plan.launch_all(DecodeShard)
-    rows = [sequence for sequences in plan.scheduler.launched_decodes.values() for sequence in sequences]
+    rows = [sequence for sequences in plan.scheduler.main_batch.launched.values() for sequence in sequences]
     assert (rows.count(short), rows.count(long)) == (max_tokens - 1, 5)
     if max_tokens > 1:  # the last token's KV is not written
         assert len(short.lease.tables[1]) == -(-(7 + max_tokens - 1) // SIZE)
@@ -202,7 +209,7 @@ def test_slots_are_taken_in_arrival_order() -> None:
     assert [second.state, third.state] == [State.COPYING] * 2
     for shard in reversed(plan.endable(CopyShard)):
         plan.end(shard)
-    assert plan.scheduler.ready == [third, second]  # the younger one's copies ended first
+    assert plan.scheduler.main_batch.ready == [third, second]  # the younger one's copies ended first
     plan.scheduler.finish(first, "abort")
     plan.end(plan.endable(DecodeShard)[0])
     plan.schedule()
@@ -233,7 +240,7 @@ def tell_all(plan: Plan) -> ToldTables:
     for _ in range(STEPS):
         for shard in [shard for shard in plan.schedule() if isinstance(shard, DecodeShard)]:
             told.hear(shard)
-            rows = plan.scheduler.launched_decodes[shard.step]
+            rows = plan.scheduler.main_batch.launched[shard.step]
             assert shard.slots == tuple(sequence.slot for sequence in rows)
             assert [told.tables[sequence.slot] for sequence in rows] == [sequence.lease.tables[1] for sequence in rows]
         ends = [plan.endable(kind) for kind in (PrefillShard, DecodeShard, CopyShard)]

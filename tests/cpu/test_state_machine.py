@@ -16,6 +16,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from nanovllm.engine import scheduler
 from nanovllm.sampling_params import SamplingParams
 from tests.sim.plants import PLANTS
 from tests.sim.simulated_device import VOCABULARY
@@ -30,6 +31,7 @@ configs = st.fixed_dictionaries(
         "enable_prefix_caching": st.sampled_from([True, True, False]),
         "overlap": st.sampled_from([True, True, True, False]),
         "run_ahead": st.integers(1, 4),
+        "pd_roles": st.sampled_from(["elastic", "elastic", "strict"]),
     }
 )
 params = st.builds(
@@ -46,6 +48,13 @@ prompts = st.builds(
     st.integers(1, 16),
     st.lists(st.integers(1, VOCABULARY - 1), max_size=3),
 )
+
+
+@pytest.fixture(autouse=True)
+def card_0_takes_over_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches are small here, and steps take no time."""
+    monkeypatch.setattr(scheduler, "BALANCE_AFTER_S", 0.0)
+    monkeypatch.setattr(scheduler, "BALANCE_ROWS", 1)
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -87,8 +96,9 @@ class EngineMachine(RuleBasedStateMachine):
     def run_ahead_is_bounded(self) -> None:
         if hasattr(self, "world"):
             config = self.world.config
-            assert len(self.world.scheduler.launched_decodes) <= 1 + config.steps_ahead
-            assert len(self.world.scheduler.running) <= config.max_num_seqs
+            for batch in self.world.scheduler.batches.values():
+                assert len(batch.launched) <= 1 + config.steps_ahead
+                assert len(batch.running) <= config.max_num_seqs
 
     def teardown(self) -> None:
         if hasattr(self, "world"):
@@ -134,11 +144,12 @@ def test_random_worlds(first: int) -> None:
 
 
 def test_random_worlds_reach_every_path() -> None:
-    """The worlds above are worth running only if they evacuate, recompute, pause, write back and hit prefixes."""
+    """The worlds above are worth running only if they evacuate, recompute, pause, write back, hit prefixes and bend."""
     counts = random_world(0).scheduler.counts
     for seed in range(40):
         counts.update(run_random(seed).scheduler.counts)
-    assert all(counts[name] for name in ("evacuations", "recomputes", "pauses", "cached_tokens", "write_backs"))
+    plain = ("evacuations", "recomputes", "pauses", "cached_tokens", "write_backs")
+    assert all(counts[name] for name in (*plain, "helped", "hand_offs", "taken_over")), counts
 
 
 @pytest.mark.slow

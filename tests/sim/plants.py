@@ -51,14 +51,14 @@ def blocks_taken_one_card_after_the_other() -> Iterator[None]:
         lease = group.leader.lease
         if lease is None:
             fresh = full - len(cached) + (1 if tail else 0)
-            if not self._has_room(self.prefill, cached, fresh, 0):
+            if not self._has_room(group.prefill_card, cached, fresh, 0):
                 return False
             lease = group.leader.lease = SequenceLease(self.managers)
-            lease.take(self.prefill, cached, fresh)
+            lease.take(group.prefill_card, cached, fresh)
             group.kept = len(cached)
-        resident = self.managers[self.decode].lookup(hashes)
+        resident = self.managers[group.decode_card].lookup(hashes)
         fresh = full - len(resident) + len(group.sequences) if group.needs_decode else 0
-        if not self._has_room(self.decode, resident, fresh, reserve_blocks):
+        if not self._has_room(group.decode_card, resident, fresh, reserve_blocks):
             return False
         lease.release()
         return sound(self, group, full, tail, hashes, cached, reserve_blocks)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.executor import Executor, Job
-from nanovllm.engine.shards import CopyShard, DecodeShard, PrefillShard, Shard, StepResult
+from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillShard, Shard, StepResult
 
 ROOT = 0x1234567
 VOCABULARY = 50
@@ -116,12 +116,7 @@ class SimulatedExecutor(Executor):
             task.phases = [lambda: self._copy_begin(task), lambda: self._copy_end(task)]
             self.copies.setdefault((shard.src, shard.dst), deque()).append(task)
             return
-        begin, end = (
-            (self._prefill_begin, self._prefill_end)
-            if isinstance(shard, PrefillShard)
-            else (self._decode_begin, self._decode_end)
-        )
-        task.phases = [lambda: begin(task), lambda: end(task)]
+        task.phases = [lambda: self._step_begin(shard), lambda: self._step_end(task)]
         self.steps[shard.card].append(task)
 
     # -- the world's side
@@ -158,14 +153,35 @@ class SimulatedExecutor(Executor):
         clock = self.executed_steps if task.phases else self.reported_steps
         return clock[shard.src] >= shard.after_step
 
+    # -- steps: the halves of a mixed one in turn
+
+    def _step_begin(self, shard: PrefillShard | DecodeShard | MixedShard) -> None:
+        if isinstance(shard, PrefillShard):
+            self._prefill_begin(shard)
+        elif isinstance(shard, DecodeShard):
+            self._decode_begin(shard)
+        else:
+            self._prefill_begin(shard.prefill)
+            self._decode_begin(shard.decode)
+
+    def _step_end(self, task: Task) -> None:
+        shard = task.job.shard
+        if isinstance(shard, PrefillShard):
+            ids = self._prefill_end(shard)
+        elif isinstance(shard, DecodeShard):
+            ids = self._decode_end(shard)
+        else:
+            ids = self._prefill_end(shard.prefill) + self._decode_end(shard.decode)
+        task.job.result = StepResult(ids)
+        self.executed_steps[shard.card] = shard.step
+
     # -- prefill
 
-    def _prefill_begin(self, task: Task) -> None:
-        for chunk in task.job.shard.chunks:
-            self.cards[task.job.shard.card].read_context(list(chunk.block_table), chunk.start)
+    def _prefill_begin(self, shard: PrefillShard) -> None:
+        for chunk in shard.chunks:
+            self.cards[shard.card].read_context(list(chunk.block_table), chunk.start)
 
-    def _prefill_end(self, task: Task) -> None:
-        shard = task.job.shard
+    def _prefill_end(self, shard: PrefillShard) -> list[int]:
         card, ids = self.cards[shard.card], []
         for chunk in shard.chunks:
             table = list(chunk.block_table)
@@ -173,12 +189,11 @@ class SimulatedExecutor(Executor):
             for i, token in enumerate(chunk.tokens):
                 value = card.write(table, chunk.start + i, value, token)
             ids += [next_token(value, row.seed, row.position) for row in chunk.samples]
-        self._end(task, ids)
+        return ids
 
     # -- decode
 
-    def _decode_begin(self, task: Task) -> None:
-        shard: DecodeShard = task.job.shard
+    def _decode_begin(self, shard: DecodeShard) -> None:
         card = self.cards[shard.card]
         for entry in shard.entries:
             row = entry.sampling
@@ -191,9 +206,8 @@ class SimulatedExecutor(Executor):
         for slot in shard.slots:
             card.read_context(card.slots[slot].table, card.slots[slot].length)
 
-    def _decode_end(self, task: Task) -> None:
-        shard, ids = task.job.shard, []
-        card = self.cards[shard.card]
+    def _decode_end(self, shard: DecodeShard) -> list[int]:
+        card, ids = self.cards[shard.card], []
         for index in shard.slots:
             slot = card.slots[index]
             value = card.read_context(slot.table, slot.length)
@@ -202,11 +216,7 @@ class SimulatedExecutor(Executor):
             slot.length += 1
             slot.position += 1
             ids.append(slot.token)
-        self._end(task, ids)
-
-    def _end(self, task: Task, ids: list[int]) -> None:
-        task.job.result = StepResult(ids)
-        self.executed_steps[task.job.shard.card] = task.job.shard.step
+        return ids
 
     # -- copies
 

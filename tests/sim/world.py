@@ -86,7 +86,8 @@ class World:
         for manager in scheduler.managers.values():
             assert manager.num_free_blocks == manager.num_blocks, "a block is still owned"
             assert manager.num_retired_blocks == 0
-        assert len(scheduler.free_slots) == self.config.max_num_seqs
+        for batch in scheduler.batches.values():
+            assert len(batch.free_slots) == self.config.max_num_seqs and batch.num_living == 0
         for request in self.requests:
             self.check_answer(request)
 
@@ -131,6 +132,7 @@ def random_world(seed: int) -> World:
         enable_prefix_caching=rng.random() < 0.8,
         overlap=rng.random() < 0.85,
         run_ahead=rng.choice([1, 2, 3, 4]),
+        pd_roles=rng.choice(["elastic", "elastic", "strict"]),
         decode_backlog_high=high,
         decode_backlog_low=high - 1 - rng.randrange(high - 1),
     )

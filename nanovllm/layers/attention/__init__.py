@@ -56,6 +56,17 @@ class DecodeMetadata:
     row_order: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class MixedMetadata:
+    """Chunks of prompts and decode rows in one batch: all tokens of `prefill` first, then a token for each row of
+    `decode`. slot_mapping: int64 [T + B], that of the one and then that of the other.
+    """
+
+    prefill: PrefillMetadata
+    decode: DecodeMetadata
+    slot_mapping: Tensor
+
+
 class AttentionBackend(ABC):
     """Causal grouped-query attention over paged KV. Scores are scaled by D ** -0.5, softmax runs in float32.
 
@@ -71,12 +82,29 @@ class AttentionBackend(ABC):
         """Write k and v [tokens, K, D] to their slots. Padding rows may share one slot, in any order."""
 
     @abstractmethod
-    def prefill(self, q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: PrefillMetadata) -> Tensor:
-        """Attend each chunk to its whole context, its own KV stored before. Returns [T, H, D], q's dtype."""
+    def prefill(
+        self, q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: PrefillMetadata, out: Tensor | None = None
+    ) -> Tensor:
+        """Attend each chunk to its whole context, its own KV stored before. Returns [T, H, D], q's dtype, which is
+        `out` (contiguous) if that is given. Tokens that belong to no sequence are left as they are in `out`.
+        """
 
     @abstractmethod
-    def decode(self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata) -> Tensor:
-        """Attend each row to its context, its new KV stored before. Returns [B, H, D], finite everywhere."""
+    def decode(
+        self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata, out: Tensor | None = None
+    ) -> Tensor:
+        """Attend each row to its context, its new KV stored before. Returns [B, H, D], finite everywhere, which is
+        `out` (contiguous) if that is given.
+        """
+
+    def mixed(self, q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: MixedMetadata) -> Tensor:
+        """Both, each over its own part of q, all KV stored before. Returns [T + B, H, D]."""
+        num_rows = meta.decode.context_lens.shape[0]
+        num_tokens = q_THD.shape[0] - num_rows
+        out_THD = q_THD.new_empty(q_THD.shape)
+        self.prefill(q_THD[:num_tokens], k_pages, v_pages, meta.prefill, out_THD[:num_tokens])
+        self.decode(q_THD[num_tokens:], k_pages, v_pages, meta.decode, out_THD[num_tokens:])
+        return out_THD
 
 
 class MixedAttention(AttentionBackend):
@@ -90,11 +118,15 @@ class MixedAttention(AttentionBackend):
     def store_kv(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:
         self._decode.store_kv(k, v, k_pages, v_pages, slot_mapping)
 
-    def prefill(self, q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: PrefillMetadata) -> Tensor:
-        return self._prefill.prefill(q_THD, k_pages, v_pages, meta)
+    def prefill(
+        self, q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: PrefillMetadata, out: Tensor | None = None
+    ) -> Tensor:
+        return self._prefill.prefill(q_THD, k_pages, v_pages, meta, out)
 
-    def decode(self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata) -> Tensor:
-        return self._decode.decode(q_BHD, k_pages, v_pages, meta)
+    def decode(
+        self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata, out: Tensor | None = None
+    ) -> Tensor:
+        return self._decode.decode(q_BHD, k_pages, v_pages, meta, out)
 
 
 def make_attention_backend(name: str, model_config: ModelConfig, device: Device, dtype: DType) -> AttentionBackend:

@@ -45,16 +45,20 @@ class FlashAttention(AttentionBackend):
     def store_kv(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:
         self.fallback.store_kv(k, v, k_pages, v_pages, slot_mapping)
 
-    def prefill(self, q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: PrefillMetadata) -> Tensor:
+    def prefill(
+        self, q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: PrefillMetadata, out: Tensor | None = None
+    ) -> Tensor:
         if self.fa3 is not None:
-            return self._fa3_prefill(self.fa3, q_THD, k_pages, v_pages, meta)
+            return _put(self._fa3_prefill(self.fa3, q_THD, k_pages, v_pages, meta), out)
         if self.fa2 is not None and meta.host_query_lens == meta.host_context_lens:
-            return self._fa2_prefill(self.fa2, q_THD, k_pages, v_pages, meta)
-        return self.fallback.prefill(q_THD, k_pages, v_pages, meta)
+            return _put(self._fa2_prefill(self.fa2, q_THD, k_pages, v_pages, meta), out)
+        return self.fallback.prefill(q_THD, k_pages, v_pages, meta, out)
 
-    def decode(self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata) -> Tensor:
+    def decode(
+        self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata, out: Tensor | None = None
+    ) -> Tensor:
         if self.fa3 is None:
-            return self.fallback.decode(q_BHD, k_pages, v_pages, meta)
+            return self.fallback.decode(q_BHD, k_pages, v_pages, meta, out)
         out_B1HD = self.fa3.flash_attn_with_kvcache(
             q_BHD.unsqueeze(1),
             k_pages,
@@ -64,7 +68,7 @@ class FlashAttention(AttentionBackend):
             causal=True,
             sm_margin=self._sm_margin(q_BHD),
         )
-        return out_B1HD.squeeze(1)
+        return _put(out_B1HD.squeeze(1), out)
 
     def _fa3_prefill(
         self, fa3: ModuleType, q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: PrefillMetadata
@@ -110,6 +114,11 @@ def find_module(name: str) -> ModuleType | None:
     except (ImportError, OSError) as error:
         logger.info("%s is not available: %s", name, error)
         return None
+
+
+def _put(result: Tensor, out: Tensor | None) -> Tensor:
+    """A copy in `out`: not every release of these modules can be told where to write."""
+    return result if out is None else out.copy_(result)
 
 
 def _used_columns(block_tables: Tensor, max_context_tokens: int, k_pages: Tensor) -> Tensor:

@@ -33,8 +33,10 @@ class TorchAttention(AttentionBackend):
         k_pages[block, offset] = k
         v_pages[block, offset] = v
 
-    def prefill(self, q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: PrefillMetadata) -> Tensor:
-        out_THD = torch.empty_like(q_THD)
+    def prefill(
+        self, q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: PrefillMetadata, out: Tensor | None = None
+    ) -> Tensor:
+        out_THD = torch.empty_like(q_THD) if out is None else out
         start = 0
         for row, (query_len, context_len) in enumerate(zip(meta.host_query_lens, meta.host_context_lens, strict=True)):
             own = slice(start, start + query_len)
@@ -65,7 +67,13 @@ class TorchAttention(AttentionBackend):
         out_KGQD = scaled_dot_product_attention(q_KGQD, k_KGCD, v_KGCD, attn_mask=mask_QC)
         return out_KGQD.permute(2, 0, 1, 3).flatten(1, 2)
 
-    def decode(self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata) -> Tensor:
+    def decode(
+        self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata, out: Tensor | None = None
+    ) -> Tensor:
+        decoded_BHD = self._decode(q_BHD, k_pages, v_pages, meta)
+        return decoded_BHD if out is None else out.copy_(decoded_BHD)
+
+    def _decode(self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata) -> Tensor:
         block_size = k_pages.shape[1]
         if not q_BHD.is_cuda:
             return self._decode_by_width(q_BHD, k_pages, v_pages, meta)

@@ -31,7 +31,9 @@ class TritonAttention(AttentionBackend):
     def store_kv(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:
         store_kv(k, v, k_pages, v_pages, slot_mapping, num_sms=self.num_sms)
 
-    def prefill(self, q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: PrefillMetadata) -> Tensor:
+    def prefill(
+        self, q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: PrefillMetadata, out: Tensor | None = None
+    ) -> Tensor:
         return paged_prefill(
             q_THD,
             k_pages,
@@ -41,9 +43,12 @@ class TritonAttention(AttentionBackend):
             meta.context_lens,
             meta.max_query_tokens,
             num_sms=self.num_sms,
+            out=out,
         )
 
-    def decode(self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata) -> Tensor:
+    def decode(
+        self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata, out: Tensor | None = None
+    ) -> Tensor:
         return paged_decode(
             q_BHD,
             k_pages,
@@ -53,4 +58,5 @@ class TritonAttention(AttentionBackend):
             meta.max_context_tokens,
             row_order=meta.row_order,
             num_sms=self.num_sms,
+            out=out,
         )

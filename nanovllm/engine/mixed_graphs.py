@@ -1,0 +1,87 @@
+"""CUDA graphs of mixed steps: a few hundred tokens of prompts, and decode rows, in one pass over the weights.
+
+A step runs in the smallest captured number of tokens and the smallest of rows that hold it, for models of every size:
+a decode step must not wait for some hundreds of launches. Tokens beyond the step's own belong to no sequence and write
+their KV to the null block, and so do rows beyond its own. The draws are not part of the graph: those of decode rows are
+`DecodeGraphs`' captured ones, as after a step without prompts.
+
+Letters in names: T tokens of prompts, B decode rows, S sequences of the prompts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from nanovllm.engine.decode_graphs import DecodeGraphs
+from nanovllm.engine.prefill_graphs import MAX_SEQUENCES, ChunkBatch, PrefillBuffers
+from nanovllm.layers.attention import MixedMetadata
+
+TOKEN_SIZES = (256, 512, 1024)  # of prompts: larger steps take longer than their launches do
+MIN_BUCKET = 16
+MAX_BUCKETS = 6  # of rows; each is captured with every number of tokens, and that takes time at start-up
+
+
+def mixed_sizes(max_num_seqs: int, max_tokens: int) -> list[tuple[int, int]]:
+    """(tokens of prompts, decode rows) to capture, for steps of at most `max_tokens` and `max_num_seqs`."""
+    most = min(max_tokens, TOKEN_SIZES[-1])
+    tokens = [*(size for size in TOKEN_SIZES if size < most), most]
+    return [(size, bucket) for size in tokens for bucket in mixed_buckets(max_num_seqs)]
+
+
+def mixed_buckets(max_num_seqs: int) -> list[int]:
+    """Numbers of rows, twofold apart, up to exactly `max_num_seqs`."""
+    powers = [MIN_BUCKET << i for i in range(max_num_seqs.bit_length())]
+    return [*(size for size in powers if size < max_num_seqs), max_num_seqs][-MAX_BUCKETS:]
+
+
+class MixedGraphs:
+    """Captured on construction, behind the graphs of the same card's decode steps, on the stream and under the terms of
+    those, with which they share their memory: no two of them ever run at the same time.
+
+    max_tokens: of the prompts in a step.
+    """
+
+    def __init__(self, decode: DecodeGraphs, max_tokens: int) -> None:
+        self.decode = decode
+        sizes = mixed_sizes(decode.max_num_seqs, max_tokens)
+        largest = max(tokens for tokens, _ in sizes)
+        self.buffers = PrefillBuffers(decode.kv_cache, decode.max_context_tokens, largest)
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        for size in sorted(sizes, key=sum, reverse=True):  # largest first: smaller ones fit into its memory
+            self._graphs[size] = decode.graph_of(partial(self._run, *size))
+        torch.cuda.synchronize(decode.kv_cache.device)
+
+    def _run(self, num_tokens: int, bucket: int) -> None:
+        """Logits of each sequence's last token, then of the rows."""
+        decode, buffers = self.decode, self.buffers
+        ids_B, positions_B, rows = decode.inputs(bucket)
+        ids_T, positions_T, mapping_T = buffers.tokens_3T[:, :num_tokens].unbind(0)
+        mapping = torch.cat([mapping_T, rows.slot_mapping])
+        metadata = MixedMetadata(buffers.metadata(num_tokens), rows, mapping)
+        row_index = torch.arange(num_tokens, num_tokens + bucket, device=ids_T.device)
+        decode.model.forward_mixed(
+            torch.cat([ids_T, ids_B]),
+            torch.cat([positions_T, positions_B]),
+            decode.kv_cache,
+            metadata,
+            torch.cat([buffers.last_tokens, row_index]),
+            out=decode.mixed_logits_RV[: MAX_SEQUENCES + bucket],
+        )
+
+    def size_for(self, num_tokens: int, num_sequences: int, num_rows: int) -> tuple[int, int] | None:
+        """The captured size that serves such a step; None: launch it eagerly."""
+        if num_sequences > MAX_SEQUENCES:
+            return None
+        return min((size for size in self._graphs if size[0] >= num_tokens and size[1] >= num_rows), default=None)
+
+    def replay(self, size: tuple[int, int], batch: ChunkBatch, slots: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Launch a step; logits [MAX_SEQUENCES, V] of each sequence's last token and [len(slots), V] of the rows, valid
+        until the next replay.
+        """
+        self.decode.set_slots(slots)
+        self.buffers.fill(size[0], batch)
+        self._graphs[size].replay()
+        return self.decode.mixed_logits_RV[:MAX_SEQUENCES], self.decode.logits_BV[: len(slots)]

@@ -1,0 +1,47 @@
+"""How long steps take, by card, and so how many prompt tokens a decode step has room for."""
+
+from __future__ import annotations
+
+from nanovllm.engine.shards import DecodeShard, MixedShard, PrefillShard, Shard
+
+CHUNK_TOKENS = (256, 512, 1024, 2048)  # of a prompt in a decode step: steps of all but the last are captured
+MEASURED_TOKENS = 512  # a prefill step of fewer says little about many
+WEIGHT = 0.2  # of a new measurement in a moving average
+
+
+class Pace:
+    """Moving averages of device seconds. Before the first measurement a chunk is the smallest.
+
+    `itl_slo_ms`: what a step with a chunk may take; None: twice what it takes without.
+    """
+
+    def __init__(self, num_cards: int, itl_slo_ms: float | None) -> None:
+        self._slo_s = None if itl_slo_ms is None else itl_slo_ms / 1e3
+        self.decode_s = [0.0] * num_cards  # a step without prompts, as the batch is now
+        self.token_s = 0.0  # of a prompt, in a step of many
+
+    def record(self, shard: Shard, seconds: float) -> None:
+        """A step has completed in so many seconds of its card."""
+        if isinstance(shard, PrefillShard):
+            if shard.num_tokens >= MEASURED_TOKENS:
+                self.token_s = _average(self.token_s, seconds / shard.num_tokens)
+        elif isinstance(shard, DecodeShard):
+            self.decode_s[shard.card] = _average(self.decode_s[shard.card], seconds)
+        elif isinstance(shard, MixedShard):
+            # What the chunk alone would have taken is more than it did here, where weights are read anyway: the
+            # decode step comes out a little short, and the next chunk a little small.
+            alone_s = max(0.0, seconds - shard.prefill.num_tokens * self.token_s)
+            self.decode_s[shard.card] = _average(self.decode_s[shard.card], alone_s)
+
+    def chunk_tokens(self, card: int) -> int:
+        """Prompt tokens that the next decode step of `card` has room for: one of CHUNK_TOKENS, or 0 beyond the SLO."""
+        decode_s, smallest = self.decode_s[card], CHUNK_TOKENS[0]
+        if not (decode_s and self.token_s):
+            return smallest
+        room_s = decode_s if self._slo_s is None else self._slo_s - decode_s
+        fitting = [size for size in CHUNK_TOKENS if size * self.token_s <= room_s]
+        return max(fitting, default=smallest if self._slo_s is None else 0)
+
+
+def _average(old: float, new: float) -> float:
+    return new if old == 0.0 else old + WEIGHT * (new - old)

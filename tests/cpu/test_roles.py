@@ -1,0 +1,255 @@
+"""Roles that bend: who prefills and who decodes, on plans whose shards are completed by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nanovllm.engine import scheduler as scheduling
+from nanovllm.engine.pace import CHUNK_TOKENS, Pace
+from nanovllm.engine.request_states import State
+from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillShard, Shard
+from tests.cpu.test_scheduler import Plan
+
+STEPS = (PrefillShard, MixedShard, DecodeShard, CopyShard)
+
+
+def elastic(*pools: int, **options: Any) -> Plan:
+    return Plan(*pools, **{"pd_roles": "elastic", "max_num_seqs": 4} | options)
+
+
+def of_card(shards: list[Shard], card: int) -> list[Shard]:
+    return [shard for shard in shards if not isinstance(shard, CopyShard) and shard.card == card]
+
+
+# -- one card
+
+
+def test_one_card_mixes_chunks_and_rows_under_one_budget() -> None:
+    plan = Plan(60, max_num_batched_tokens=10, run_ahead=1)
+    plan.add(5)
+    plan.fill()
+    plan.add(30)
+    (mixed,) = of_card(plan.schedule(), 0)
+    assert isinstance(mixed, MixedShard) and (mixed.prefill.step, mixed.decode.step) == (mixed.step, mixed.step)
+    assert mixed.prefill.num_tokens + len(mixed.decode.slots) == 10
+    plan.drain()
+
+
+def test_a_chunk_travels_with_the_rows_or_waits_for_them() -> None:
+    """Alone, it would make them wait for as long as it takes, and they would get nothing for it."""
+    plan = Plan(60, max_num_batched_tokens=10, run_ahead=1)
+    plan.add(5)
+    plan.fill()
+    plan.launch_all(DecodeShard)  # as many steps as may be in flight
+    plan.add(30)
+    assert plan.schedule() == []
+    plan.end(plan.endable(DecodeShard)[0])
+    (mixed,) = plan.schedule()
+    assert isinstance(mixed, MixedShard)
+    plan.drain()
+
+
+def test_strict_roles_never_mix() -> None:
+    plan = Plan(60, 60, max_num_batched_tokens=8, max_num_seqs=2)
+    for _ in range(8):
+        plan.add(9, max_tokens=6)
+    shards: list[Shard] = []
+    while not plan.scheduler.idle:
+        shards += plan.schedule()
+        plan.end(plan.endable(*STEPS)[0])
+    assert {type(shard) for shard in of_card(shards, 0)} == {PrefillShard}
+    assert {type(shard) for shard in of_card(shards, 1)} == {DecodeShard}
+
+
+# -- card 1 helps
+
+
+def test_the_decode_card_takes_a_prompt_only_when_prompts_queue() -> None:
+    plan = elastic(100, 100, max_num_batched_tokens=8)
+    plan.add(8)
+    plan.add(8)
+    assert not of_card(plan.launch_all(Shard), 1)
+    third = plan.add(8)[0]
+    (helped,) = of_card(plan.launch_all(Shard), 1)
+    assert isinstance(helped, PrefillShard) and third.card == 1 and set(third.lease.tables) == {1}
+    plan.end(helped)
+    assert third.state is State.READY  # no copy
+    plan.drain()
+
+
+def test_a_helped_prompt_travels_with_the_rows_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = elastic(100, 100, max_num_batched_tokens=8)
+    monkeypatch.setattr(plan.scheduler.pace, "chunk_tokens", lambda card: 3)
+    plan.add(6)
+    plan.fill()
+    for _ in range(3):
+        plan.add(8)
+    steps = [shard for shard in plan.launch_all(Shard) if isinstance(shard, MixedShard)]
+    assert steps and all(shard.card == 1 and shard.prefill.num_tokens <= 3 for shard in steps)
+    plan.drain()
+
+
+def test_a_prompt_that_card_0_has_cached_stays_there() -> None:
+    plan = elastic(100, 100, max_num_batched_tokens=8)
+    (first,) = plan.add(8, max_tokens=1)
+    plan.drain()
+    plan.add(8)
+    plan.add(8)
+    again = plan.add(9)[0]
+    again.tokens[:8] = again.request.prompt_token_ids[:8] = first.tokens[:8]
+    assert not of_card(plan.launch_all(Shard), 1) and again.state is State.WAITING
+    plan.drain()
+    assert plan.scheduler.counts["helped"] == 0 and again.request.num_cached_tokens == 8
+
+
+# -- card 0 keeps, decodes and hands off
+
+
+def kept_plan(**options: Any) -> Plan:
+    """Card 1 has room for two sequences; card 0 decodes the third."""
+    plan = elastic(100, 11, **options)
+    for _ in range(3):
+        plan.add(9, max_tokens=20)
+    plan.run(PrefillShard, CopyShard, until=lambda: plan.count(State.DECODING) == 3)
+    assert [sequence.card for sequence in plan.sequences] == [1, 1, 0]
+    return plan
+
+
+def test_card_0_decodes_what_card_1_has_no_room_for() -> None:
+    plan = kept_plan()
+    assert plan.count(State.DECODING) == 3
+    assert {shard.card for shard in plan.endable(DecodeShard)} == {0, 1}
+    assert set(plan.sequences[2].lease.tables) == {0}
+    plan.drain()
+
+
+def test_it_is_handed_off_when_prompts_queue_and_there_is_room() -> None:
+    plan = kept_plan()
+    kept = plan.sequences[2]
+    plan.turn(DecodeShard)
+    plan.add(5)
+    plan.schedule()
+    assert kept.state is State.DECODING, "card 1 is full"
+    plan.scheduler.finish(plan.sequences[0], "abort")
+    for shard in plan.endable(DecodeShard):
+        plan.end(shard)  # its blocks are free now
+    plan.schedule()
+    assert kept.state is State.RETURNING and kept.card == 1
+    (copy,) = [shard for shard in plan.in_flight if isinstance(shard, CopyShard) and shard.dst == 1]
+    assert copy.after_step >= 1, "not before the last step that wrote its blocks"
+    plan.drain()
+    assert plan.scheduler.counts["hand_offs"] >= 1 and kept.num_output_tokens == 20
+
+
+def test_without_prompts_it_stays() -> None:
+    plan = kept_plan()
+    plan.scheduler.finish(plan.sequences[0], "abort")
+    for _ in range(10):
+        plan.turn(DecodeShard)
+    assert plan.sequences[2].card == 0 and plan.scheduler.counts["hand_offs"] == 0
+    plan.drain()
+
+
+def test_few_move_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others go on decoding: each would have to wait for the copies of those before it."""
+    monkeypatch.setattr(scheduling, "MOVES_IN_FLIGHT", 2)
+    plan = elastic(200, 200, max_num_seqs=6, decode_backlog_high=1, decode_backlog_low=0)
+    for _ in range(10):
+        plan.add(9, max_tokens=60)
+    plan.run(PrefillShard, CopyShard)
+    kept = [sequence for sequence in plan.sequences if sequence.card == 0]
+    assert len(kept) >= 3
+    for sequence in plan.sequences[:6]:
+        plan.scheduler.finish(sequence, "abort")
+    plan.add(9)
+    plan.schedule()
+    assert sum(sequence.state is State.RETURNING for sequence in kept) == 2
+    plan.drain()
+
+
+# -- card 0 takes over
+
+
+def busy_plan(monkeypatch: pytest.MonkeyPatch, num_sequences: int = 4, after_s: float = 0.0) -> Plan:
+    plan = elastic(100, 100, max_num_seqs=8)
+    for _ in range(num_sequences):
+        plan.add(9, max_tokens=40)
+    plan.run(PrefillShard, CopyShard, until=lambda: plan.count(State.DECODING) == num_sequences)
+    monkeypatch.setattr(scheduling, "BALANCE_AFTER_S", after_s)
+    monkeypatch.setattr(scheduling, "BALANCE_ROWS", 4)
+    return plan
+
+
+def test_an_idle_card_0_takes_over_part_of_a_large_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = busy_plan(monkeypatch)
+    for _ in range(30):
+        plan.turn(CopyShard, DecodeShard)
+    assert [sequence.card for sequence in plan.sequences] == [1, 1, 0, 0]  # the youngest half
+    assert {shard.card for shard in plan.endable(DecodeShard)} == {0, 1}
+    plan.drain()
+    assert all(sequence.num_output_tokens == 40 for sequence in plan.sequences)
+
+
+def test_not_before_it_has_been_idle_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = busy_plan(monkeypatch, after_s=0.25)
+    plan.scheduler.pace.decode_s[1] = 0.01
+    for _ in range(20):  # steps of 10 ms
+        plan.turn(DecodeShard)
+        plan.scheduler.pace.decode_s[1] = 0.01
+    assert plan.scheduler.counts["taken_over"] == 0
+    for _ in range(20):
+        plan.turn(CopyShard, DecodeShard)
+        plan.scheduler.pace.decode_s[1] = 0.01
+    assert plan.scheduler.counts["taken_over"] == 2
+    plan.drain()
+
+
+@pytest.mark.parametrize("reason", ["abort", "stop"])
+@pytest.mark.parametrize("moment", range(12))
+def test_finish_while_sequences_move_either_way(monkeypatch: pytest.MonkeyPatch, moment: int, reason: str) -> None:
+    plan = busy_plan(monkeypatch)
+    for _ in range(moment):
+        plan.turn(DecodeShard, CopyShard)
+    plan.add(9)
+    plan.schedule()
+    for sequence in plan.sequences[2:]:
+        plan.scheduler.finish(sequence, reason)
+        plan.scheduler.check_integrity()
+    plan.drain()
+
+
+# -- the pace
+
+
+def test_a_chunk_takes_as_long_as_the_step_it_travels_with() -> None:
+    pace = Pace(2, itl_slo_ms=None)
+    assert pace.chunk_tokens(1) == CHUNK_TOKENS[0]  # nothing measured yet
+    pace.record(PrefillShard(0, 1, (_chunk(1000),)), 0.02)  # 20 µs a token
+    for decode_s, tokens in ((0.004, 256), (0.0104, 512), (0.02, 512), (0.0205, 1024), (1.0, 2048)):
+        pace.decode_s[1] = decode_s
+        assert pace.chunk_tokens(1) == tokens, decode_s
+
+
+def test_a_chunk_keeps_to_the_slo() -> None:
+    pace = Pace(2, itl_slo_ms=20.0)
+    pace.record(PrefillShard(0, 1, (_chunk(1000),)), 0.02)
+    for decode_s, tokens in ((0.005, 512), (0.0148, 256), (0.016, 0), (0.03, 0)):
+        pace.decode_s[1] = decode_s
+        assert pace.chunk_tokens(1) == tokens, decode_s
+
+
+def test_a_mixed_step_tells_what_decoding_alone_would_take() -> None:
+    pace = Pace(2, itl_slo_ms=None)
+    pace.record(PrefillShard(0, 1, (_chunk(1000),)), 0.02)
+    decode = DecodeShard(1, 1, (0,), 8)
+    pace.record(decode, 0.01)
+    pace.record(MixedShard(1, 2, PrefillShard(1, 2, (_chunk(500),)), decode), 0.02)  # of that, 10 ms the chunk
+    assert pace.decode_s[1] == pytest.approx(0.01)
+
+
+def _chunk(num_tokens: int) -> Any:
+    from nanovllm.engine.shards import PrefillChunk
+
+    return PrefillChunk((0,) * num_tokens, 0, (0,))
