@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import random
 import statistics
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench_report import host_figures
 
 if TYPE_CHECKING:
-    from nanovllm import LLM
+    from nanovllm import LLM, SamplingParams
     from nanovllm.models.model_config import ModelConfig
 
 DECODE_CASES = ("1x512", "8x1024", "64x1024", "256x1024", "512x512")
@@ -47,19 +49,65 @@ class Case(NamedTuple):
         return cls(int(batch), int(tokens))
 
 
-def bench_decode_steps(llm: LLM, cases: Sequence[str], repeats: int, ceiling: Ceiling) -> list[dict[str, Any]]:
-    """A row a case. The same prompts each time: their cached prefix keeps prefill, which cancels out, short."""
+def bench_decode_steps(
+    llm: LLM, cases: Sequence[str], repeats: int, ceiling: Ceiling, beside_python: bool = False
+) -> list[dict[str, Any]]:
+    """A row a case. The same prompts each time: their cached prefix keeps prefill, which cancels out, short.
+
+    `beside_python`: also the mean gap between steady tokens, alone and, in turn, while a thread of pure Python runs in
+    the process. (The difference of two runs would not do: the thread makes the start of both longer.)
+    """
     rows = []
     for case in map(Case.parse, cases):
         prompts = make_prompts(llm, case, seed=0)
         seconds(llm, prompts, MANY_TOKENS)
         before = llm.stats()
-        steps = [
-            (seconds(llm, prompts, MANY_TOKENS) - seconds(llm, prompts, FEW_TOKENS)) / (MANY_TOKENS - FEW_TOKENS)
-            for _ in range(repeats)
-        ]
-        rows.append(decode_row(llm.model_config, case, steps, ceiling) | {"host": host_figures(before, llm.stats())})
+        steps = [step_seconds(llm, prompts) for _ in range(repeats)]
+        row = decode_row(llm.model_config, case, steps, ceiling) | {"host": host_figures(before, llm.stats())}
+        rows.append(row | (python_row(llm, prompts, repeats) if beside_python else {}))
     return rows
+
+
+def python_row(llm: LLM, prompts: list[list[int]], repeats: int) -> dict[str, float]:
+    """Milliseconds between tokens, without and with a thread of pure Python beside the engine; medians."""
+    alone, beside = [], []
+    for _ in range(repeats):
+        alone.append(steady_gap(llm, prompts))
+        with python_thread():
+            beside.append(steady_gap(llm, prompts))
+    gaps = {"alone_ms": statistics.median(alone) * 1e3, "beside_python_ms": statistics.median(beside) * 1e3}
+    return {name: round(gap, 4) for name, gap in gaps.items()}
+
+
+def steady_gap(llm: LLM, prompts: list[list[int]]) -> float:
+    """Mean seconds from token to token of the youngest sequence, when all of the batch decode."""
+    output = llm.generate(prompts, workload_params(2 * MANY_TOKENS), use_tqdm=False)[-1]
+    return statistics.mean(output.metrics.inter_token[MANY_TOKENS // 2 : MANY_TOKENS])
+
+
+def step_seconds(llm: LLM, prompts: list[list[int]]) -> float:
+    """One decode step of the whole batch."""
+    return (seconds(llm, prompts, MANY_TOKENS) - seconds(llm, prompts, FEW_TOKENS)) / (MANY_TOKENS - FEW_TOKENS)
+
+
+@contextmanager
+def python_thread() -> Iterator[None]:
+    """A thread that never lets go of the interpreter of its own accord."""
+    ended = threading.Event()
+
+    def count() -> None:
+        number = 0
+        while not ended.is_set():
+            for _ in range(10_000):
+                number += 1
+
+    thread = threading.Thread(target=count, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def bench_prefill(llm: LLM, cases: Sequence[str], repeats: int, ceiling: Ceiling) -> list[dict[str, Any]]:
@@ -78,12 +126,15 @@ def make_prompts(llm: LLM, case: Case, seed: int) -> list[list[int]]:
 
 
 def seconds(llm: LLM, prompts: list[list[int]], max_tokens: int) -> float:
+    started = time.perf_counter()
+    llm.generate(prompts, workload_params(max_tokens), use_tqdm=False)
+    return time.perf_counter() - started
+
+
+def workload_params(max_tokens: int) -> SamplingParams:
     from nanovllm import SamplingParams
 
-    params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=max_tokens)
-    started = time.perf_counter()
-    llm.generate(prompts, params, use_tqdm=False)
-    return time.perf_counter() - started
+    return SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=max_tokens)
 
 
 # -- what a case costs at least
@@ -149,7 +200,12 @@ def step_lines(figures: dict[str, Any]) -> list[tuple[str, str]]:
             f"decode {row['case']}",
             f"{row['step_ms']:.3f} ms a step, {row['spread_ms'][0]:.3f} to {row['spread_ms'][1]:.3f}; floor "
             f"{row['floor_ms']:.3f} ms ({row['share_of_floor']:.0%}), MBU {row['mbu']:.0%}, MFU {row['mfu']:.0%}; host "
-            f"{row['host']['loop_ms']:.3f} + {row['host']['launch_ms']:.3f} ms",
+            f"{row['host']['loop_ms']:.3f} + {row['host']['launch_ms']:.3f} ms"
+            + (
+                f"; from token to token {row['alone_ms']:.3f} ms, {row['beside_python_ms']:.3f} beside a Python thread"
+                if "beside_python_ms" in row
+                else ""
+            ),
         )
         for row in figures.get("decode_steps", ())
     ]
