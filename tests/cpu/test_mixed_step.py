@@ -1,0 +1,517 @@
+"""A mixed step against a prefill and a decode step: tokens, log-probabilities, KV; eager, and as captured ones run.
+
+What a graph would replay is run again here: the same code over the same static buffers, on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.executor import Executor, InlineExecutor, Job, ThreadedExecutor
+from nanovllm.engine.kv_cache import KVCache
+from nanovllm.engine.metrics import EngineMetrics
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.shards import (
+    DecodeShard,
+    MixedShard,
+    NewBlock,
+    PrefillChunk,
+    PrefillShard,
+    SamplingRow,
+    SlotEntry,
+    StepResult,
+)
+from nanovllm.layers.attention import PrefillMetadata
+from nanovllm.layers.attention.torch import TorchAttention
+from nanovllm.layers.sampler import sample
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.sampling_params import SamplingParams
+from tests.cpu.model_helpers import load_tiny, make_checkpoint
+from tests.sim.simulated_device import CorruptKV, SimulatedExecutor, expected_tokens
+
+triton = pytest.importorskip("triton", reason="captured decode steps hold Triton kernels", exc_type=ImportError)
+
+from nanovllm.engine import mixed_graphs  # noqa: E402
+from nanovllm.engine.decode_graphs import DecodeGraphs  # noqa: E402
+from nanovllm.engine.mixed_graphs import MixedGraphs, mixed_sizes  # noqa: E402
+
+VOCABULARY, BLOCK_SIZE, NUM_BLOCKS, NUM_SLOTS, MAX_MODEL_LEN = 97, 4, 160, 7, 64
+BOUND = 1e-5  # of keys, values and log-probabilities: a batch's shape may turn the last bits of a product
+
+
+# -- a plan: prompts in chunks beside sequences that decode, some prefixes shared
+
+
+@dataclass(eq=False)
+class Item:
+    """One sequence of a plan; `num_samples` first tokens are drawn, the first of which is decoded."""
+
+    prompt: list[int]
+    table: list[int]
+    params: SamplingParams
+    seed: int
+    num_samples: int
+    num_launched: int
+    outputs: list[int] = field(default_factory=list)
+    slot: int | None = None
+    num_known_blocks: int = 0  # of the table, on the card; 0: its slot must be told everything
+
+    def sampling_row(self, sibling: int = 0) -> SamplingRow:
+        prompt, outputs = tuple(self.prompt), tuple(self.outputs)
+        return SamplingRow(self.params, self.seed + sibling, len(self.outputs), prompt, outputs, stop_ids=(3, 5))
+
+    @property
+    def num_kv_tokens(self) -> int:
+        return len(self.prompt) + len(self.outputs) - 1
+
+
+class Plan:
+    """Mixed steps of random sequences, for several runners; the first one's tokens are what is decoded on."""
+
+    def __init__(
+        self,
+        seed: int,
+        num_slots: int,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        vocabulary: int,
+        draw_params: Callable[[random.Random], SamplingParams],
+    ) -> None:
+        self.rng = random.Random(seed)
+        self.block_size, self.max_model_len, self.vocabulary = block_size, max_model_len, vocabulary
+        self.draw_params = draw_params
+        self.free_blocks = self.rng.sample(range(num_blocks), num_blocks)
+        self.free_slots = self.rng.sample(range(num_slots), num_slots)
+        self.prefilling: list[Item] = []
+        self.decoding: list[Item] = []
+        self.prefilled: list[Item] = []  # whose prefixes may be shared: no block is ever given back
+        self.num_steps = 0
+
+    def add(self, num_tokens: int) -> Item:
+        """A prompt of `num_tokens`, perhaps with the first blocks of an earlier one."""
+        rng = self.rng
+        prompt, shared = [rng.randrange(self.vocabulary) for _ in range(num_tokens)], []
+        if self.prefilled and rng.random() < 0.4:
+            other = rng.choice(self.prefilled)
+            count = min(len(other.prompt), num_tokens - 1) // self.block_size
+            shared = other.table[: rng.randint(0, min(count, 5))]
+            prompt[: len(shared) * self.block_size] = other.prompt[: len(shared) * self.block_size]
+        fresh = [self.free_blocks.pop() for _ in range(-(-num_tokens // self.block_size) - len(shared))]
+        params, samples = self.draw_params(rng), rng.choice([1, 1, 2, 3])
+        item = Item(prompt, shared + fresh, params, rng.getrandbits(60), samples, len(shared) * self.block_size)
+        self.prefilling.append(item)
+        return item
+
+    def shard(self, chunks: list[tuple[Item, int]], rows: list[Item]) -> MixedShard:
+        """The next step: (sequence, tokens) of every chunk, and who decodes."""
+        self.num_steps += 1
+        prefill = PrefillShard(0, self.num_steps, tuple(self._chunk(*chunk) for chunk in chunks))
+        entries: list[SlotEntry] = []
+        new_blocks: list[NewBlock] = []
+        for item in rows:
+            self._tell(item, entries, new_blocks)
+        longest, slots = max(item.num_kv_tokens + 1 for item in rows), tuple(item.slot for item in rows)
+        decode = DecodeShard(0, self.num_steps, slots, longest, tuple(entries), tuple(new_blocks))  # type: ignore[arg-type]
+        return MixedShard(0, self.num_steps, prefill, decode)
+
+    def _chunk(self, item: Item, count: int) -> PrefillChunk:
+        start = item.num_launched
+        item.num_launched = end = start + count
+        samples = tuple(map(item.sampling_row, range(item.num_samples))) if end == len(item.prompt) else ()
+        table = item.table[: -(-end // self.block_size)]
+        return PrefillChunk(tuple(item.prompt[start:end]), start, tuple(table), samples)
+
+    def _tell(self, item: Item, entries: list[SlotEntry], new_blocks: list[NewBlock]) -> None:
+        assert item.slot is not None
+        if item.num_kv_tokens == len(item.table) * self.block_size:
+            item.table.append(self.free_blocks.pop())
+        if not item.num_known_blocks:
+            row, last = item.sampling_row(), item.outputs[-1]
+            entries.append(SlotEntry(item.slot, last, item.num_kv_tokens, tuple(item.table), row))
+        else:
+            known = item.num_known_blocks
+            new_blocks += [NewBlock(item.slot, i, item.table[i]) for i in range(known, len(item.table))]
+        item.num_known_blocks = len(item.table)
+
+    def take(self, chunks: list[tuple[Item, int]], rows: list[Item], results: list[StepResult]) -> int:
+        """The results of all runners. Returns how many tokens the others drew otherwise; they are told."""
+        sampled = [item for item, _ in chunks if item.num_launched == len(item.prompt)]
+        firsts = [item if sibling == 0 else None for item in sampled for sibling in range(item.num_samples)]
+        num_unlike = 0
+        for row, item in enumerate([*firsts, *rows]):
+            tokens = [result.token_ids[row] for result in results]
+            unlike = any(token != tokens[0] for token in tokens)
+            num_unlike += unlike
+            if item is not None:
+                item.outputs.append(tokens[0])
+                item.num_known_blocks = 0 if unlike else item.num_known_blocks
+        for item in sampled:
+            self.prefilling.remove(item)
+            self.prefilled.append(item)
+        self._fill_slots()
+        return num_unlike
+
+    def _fill_slots(self) -> None:
+        for item in self.prefilled:
+            if self.free_slots and item.slot is None and item not in self.decoding and len(item.outputs) == 1:
+                item.slot = self.free_slots.pop()
+                self.decoding.append(item)
+
+    def leave(self, item: Item) -> None:
+        """It decodes no more."""
+        assert item.slot is not None
+        self.decoding.remove(item)
+        self.free_slots.append(item.slot)
+        item.slot = None
+        item.outputs.append(0)  # it does not come back
+
+
+def separate(runner: ModelRunner, shard: MixedShard) -> StepResult:
+    """The two halves one after the other."""
+    first, rows = runner.run_prefill(shard.prefill).wait(), runner.run_decode_core(shard.decode).wait()
+    return joined(first, len(first.token_ids), rows, len(rows.token_ids))
+
+
+def joined(first: StepResult, num_first: int, rows: StepResult, num_rows: int) -> StepResult:
+    logprobs = [result.logprobs_of(i) for result, n in ((first, num_first), (rows, num_rows)) for i in range(n)]
+    return StepResult(first.token_ids + rows.token_ids, logprobs)
+
+
+def mixed(runner: ModelRunner, shard: MixedShard) -> StepResult:
+    result = runner.run_mixed(shard).wait()
+    return joined(result, len(result.token_ids), StepResult([]), 0)
+
+
+def largest_error(results: list[StepResult], num_missing: int = 1) -> float:
+    """Of the most likely ids' log-probabilities, against the first result's; `num_missing` a row may be others."""
+    error = 0.0
+    for result in results[1:]:
+        assert len(result.token_ids) == len(results[0].token_ids)
+        for mine, theirs in zip(results[0].logprobs, result.logprobs, strict=True):
+            assert (mine is None) == (theirs is None)
+            if mine is None or theirs is None:
+                continue
+            assert len(mine.top) == len(theirs.top)
+            known = dict(theirs.top)
+            differences = [abs(value - known[token]) for token, value in mine.top if token in known]
+            assert len(differences) >= len(mine.top) - num_missing, "other ids are the most likely ones"
+            assert not any(map(math.isnan, differences))
+            error = max([error, *differences])
+    return error
+
+
+# -- runners on a CPU, one of them with what stands in for graphs
+
+
+class Replayed:
+    """In place of a graph: what was captured, run again."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self.run, self.num_replays = run, 0
+
+    def replay(self) -> None:
+        self.num_replays += 1
+        self.run()
+
+
+class ReplayedDecode(DecodeGraphs):
+    """The captured steps of a card, by plain torch."""
+
+    def graph_of(self, run: Callable[[], None]) -> Any:
+        run()
+        return Replayed(run)
+
+    def inputs(self, bucket: int) -> Any:
+        return self.slots.inputs(self.slots_B[:bucket], self.max_context_tokens)
+
+    def _run_sampler(self, bucket: int, kind: Any) -> None:
+        slots_B = self.slots_B[:bucket]
+        batch = self.slots.sampling_batch(SimpleNamespace(slots=self._slots), slots_B)  # type: ignore[arg-type]
+        self.token_ids_B[:bucket] = sample(self.logits_BV[:bucket], batch)
+        self.slots.advance(slots_B, self.token_ids_B[:bucket])
+        self.slots.count(slots_B, self.token_ids_B[:bucket])
+
+
+class FromTheCard(TorchAttention):
+    """Reads lengths from the tensors alone, as kernels do, and leaves garbage where no sequence has a token."""
+
+    def prefill(
+        self, q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: PrefillMetadata, out: Tensor | None = None
+    ) -> Tensor:
+        queries = meta.cu_seqlens_q.diff().tolist()
+        used = [s for s, count in enumerate(queries) if count]
+        total = sum(queries)
+        meta = replace(
+            meta,
+            block_tables=meta.block_tables[used],
+            host_query_lens=tuple(queries[s] for s in used),
+            host_context_lens=tuple(meta.context_lens.tolist()[s] for s in used),
+        )
+        out = torch.empty_like(q_THD) if out is None else out
+        out.fill_(float("nan"))
+        super().prefill(q_THD[:total], k_pages, v_pages, meta, out[:total])
+        return out
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Qwen3ForCausalLM:
+    folder: Path = tmp_path_factory.mktemp("model")
+    make_checkpoint(folder, seed=3)
+    return load_tiny(folder)[1]
+
+
+@pytest.fixture
+def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What graphs ask of CUDA; and sizes that a test reaches."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(mixed_graphs, "TOKEN_SIZES", (8, 16))
+    monkeypatch.setattr(mixed_graphs, "MIN_BUCKET", 2)
+
+
+def make_runner(model: Qwen3ForCausalLM, num_slots: int = NUM_SLOTS, num_blocks: int = NUM_BLOCKS) -> ModelRunner:
+    cache = KVCache(num_blocks, BLOCK_SIZE, model.config, model.dtype, model.device)
+    cache.pages.fill_(float("nan"))
+    return ModelRunner(0, model, cache, num_slots, MAX_MODEL_LEN)
+
+
+def capture(runner: ModelRunner, graphs_of_mixed_steps: bool) -> None:
+    model = runner.model.copy_to(runner.device, FromTheCard(runner.model.config))
+    with torch.inference_mode():
+        runner.graphs = ReplayedDecode(model, runner.kv_cache, runner.slots, NUM_SLOTS, MAX_MODEL_LEN)
+        if graphs_of_mixed_steps:
+            runner.mixed_graphs = MixedGraphs(runner.graphs, 10_000)
+    runner.kv_cache.pages.fill_(float("nan"))
+
+
+def any_params(rng: random.Random) -> SamplingParams:
+    return SamplingParams(
+        temperature=rng.choice([0.0, 0.0, 0.8, 1.2]),
+        top_k=rng.choice([0, 0, 5]),
+        top_p=rng.choice([1.0, 0.9]),
+        repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
+        presence_penalty=rng.choice([0.0, 0.0, 0.5]),
+        min_tokens=rng.choice([0, 0, 3]),
+        max_tokens=100,
+        logprobs=rng.choice([None, 0, 4]),
+    )
+
+
+def make_plan(seed: int, draw_params: Callable[[random.Random], SamplingParams] = any_params) -> Plan:
+    plan = Plan(seed, NUM_SLOTS, NUM_BLOCKS, BLOCK_SIZE, MAX_MODEL_LEN, VOCABULARY, draw_params)
+    for _ in range(4):
+        plan.add(plan.rng.randint(2, 9))
+    return plan
+
+
+def start(plan: Plan, runners: list[ModelRunner]) -> None:
+    """Prefill the first prompts, so that there is something to decode."""
+    chunks = [(item, len(item.prompt)) for item in plan.prefilling]
+    shard = PrefillShard(0, 0, tuple(plan._chunk(*chunk) for chunk in chunks))
+    plan.take(chunks, [], [runner.run_prefill(shard).wait() for runner in runners])
+
+
+def next_chunks(plan: Plan) -> list[tuple[Item, int]]:
+    """One to three sequences, in chunks that end in, at and behind the ends of blocks; most are not their last. Now and
+    then a long prompt as a whole.
+    """
+    rng = plan.rng
+    if plan.num_steps % 6 == 5:
+        item = plan.add(40)
+        return [(item, len(item.prompt) - item.num_launched)]
+    while len(plan.prefilling) < 3:
+        plan.add(rng.choice([1, 3, 4, 5, 8, 9, rng.randint(10, 40)]))
+    chosen = rng.sample(plan.prefilling, rng.randint(1, 3))
+    return [(item, rng.choice(chunk_sizes(len(item.prompt) - item.num_launched))) for item in chosen]
+
+
+def chunk_sizes(left: int) -> list[int]:
+    return [size for size in (1, 3, 4, 5, 11, left) if size <= left]
+
+
+def next_rows(plan: Plan) -> list[Item]:
+    rng = plan.rng
+    for item in list(plan.decoding):
+        if len(plan.decoding) > 1 and (rng.random() < 0.1 or item.num_kv_tokens + 2 > MAX_MODEL_LEN):
+            plan.leave(item)
+    plan._fill_slots()
+    return rng.sample(plan.decoding, rng.randint(1, len(plan.decoding)))
+
+
+def check_pages(runners: list[ModelRunner]) -> None:
+    """The same KV on all of them, and nothing in blocks that nobody has written."""
+    pages = [runner.kv_cache.pages[:-1] for runner in runners]  # the null block holds anything
+    for other in pages[1:]:
+        torch.testing.assert_close(other, pages[0], atol=BOUND, rtol=BOUND, equal_nan=True)
+
+
+# -- against separate steps
+
+
+def run_plan(seed: int, runners: list[ModelRunner], num_steps: int = 14) -> None:
+    plan = make_plan(seed)
+    start(plan, runners)
+    for _ in range(num_steps):
+        chunks, rows = next_chunks(plan), next_rows(plan)
+        shard = plan.shard(chunks, rows)
+        for runner in runners:
+            runner.kv_cache.pages[-1].fill_(float("nan"))
+        results = [separate(runners[0], shard), *(mixed(runner, shard) for runner in runners[1:])]
+        assert len(results[0].token_ids) == shard.prefill.num_samples + len(rows)
+        assert largest_error(results) < 10 * BOUND
+        assert plan.take(chunks, rows, results) == 0, "a token differs"
+        check_pages(runners)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_mixed_step_is_a_prefill_and_a_decode_step(model: Qwen3ForCausalLM, seed: int) -> None:
+    run_plan(seed, [make_runner(model), make_runner(model)])
+
+
+@pytest.mark.parametrize("seed", [5, 6, 8])
+def test_as_captured_steps_run(model: Qwen3ForCausalLM, seed: int, no_card: None) -> None:
+    """Padded tokens, sequences and rows change nothing; nor do steps too large to be captured, in between."""
+    plain, captured, eager = make_runner(model), make_runner(model), make_runner(model)
+    capture(captured, True)
+    capture(eager, False)
+    run_plan(seed, [plain, captured, eager], num_steps=20)
+    graphs = captured.mixed_graphs
+    assert graphs is not None
+    used = {size for size, graph in graphs._graphs.items() if graph.num_replays}  # type: ignore[attr-defined]
+    assert len(used) >= 3 and sum(g.num_replays for g in graphs._graphs.values()) < 20, used  # type: ignore[attr-defined]
+
+
+def test_rows_of_an_earlier_larger_step_do_not_run_again(model: Qwen3ForCausalLM, no_card: None) -> None:
+    """A decode step pads its own bucket, a mixed one a larger: none of the slots behind its rows may advance."""
+    runner = make_runner(model)
+    capture(runner, True)
+    plan = make_plan(11)
+    for _ in range(3):
+        plan.add(5)
+    start(plan, [runner])
+    rows = list(plan.decoding)
+    assert len(rows) == NUM_SLOTS
+    everyone = plan.shard([(plan.add(3), 3)], rows)
+    plan.take([(plan.prefilling[0], 3)], rows, [mixed(runner, everyone)])
+    few = rows[:3]
+    for count, chunks in ((3, []), (3, [(plan.add(2), 1)])):
+        before = runner.slots.integers_S7.clone()
+        shard = plan.shard(chunks, few[:count])
+        result = mixed(runner, shard) if chunks else runner.run_decode_core(shard.decode).wait()
+        plan.take(chunks, few[:count], [result])
+        moved = (runner.slots.num_kv_tokens_S - before[:, 1]).tolist()
+        assert moved == [int(slot in {item.slot for item in few[:count]}) for slot in range(NUM_SLOTS + 1)]
+
+
+def test_which_steps_are_captured() -> None:
+    assert mixed_sizes(512, 16384)[0] == (256, 16) and mixed_sizes(512, 16384)[-1] == (1024, 512)
+    assert mixed_sizes(4, 100) == [(100, 4)]
+    assert mixed_sizes(48, 300) == [(256, 16), (256, 32), (256, 48), (300, 16), (300, 32), (300, 48)]
+    for max_num_seqs in (1, 15, 16, 17, 100, 512, 513, 1024, 65536):
+        for max_tokens in (1, 255, 256, 257, 1024, 1025, 16384):
+            sizes = mixed_sizes(max_num_seqs, max_tokens)
+            assert len(set(sizes)) == len(sizes) <= 18
+            assert max(rows for _, rows in sizes) == max_num_seqs
+            assert max(tokens for tokens, _ in sizes) == min(max_tokens, 1024)
+
+
+def test_the_smallest_size_that_holds_a_step() -> None:
+    graphs = MixedGraphs.__new__(MixedGraphs)
+    graphs._graphs = dict.fromkeys(mixed_sizes(48, 600))  # type: ignore[arg-type]
+    assert graphs.size_for(1, 1, 1) == (256, 16) and graphs.size_for(256, 8, 16) == (256, 16)
+    assert graphs.size_for(257, 1, 17) == (512, 32) and graphs.size_for(600, 1, 48) == (600, 48)
+    assert graphs.size_for(601, 1, 1) is None and graphs.size_for(5, 9, 1) is None
+
+
+# -- through the executors, the books, and on the simulated device
+
+
+@pytest.fixture(params=[InlineExecutor, ThreadedExecutor])
+def executor_of(request: pytest.FixtureRequest) -> Iterator[Callable[[ModelRunner], Executor]]:
+    made: list[Executor] = []
+
+    def make(runner: ModelRunner) -> Executor:
+        runners = {0: runner}
+        threads = request.param is ThreadedExecutor
+        made.append(ThreadedExecutor(runners, lambda: None) if threads else InlineExecutor(runners))
+        return made[-1]
+
+    yield make
+    for executor in made:
+        executor.close()
+
+
+def collect(executor: Executor) -> Job:
+    pause = threading.Event()
+    for _ in range(2000):
+        if jobs := executor.poll():
+            return jobs[0]
+        pause.wait(0.005)
+    raise AssertionError("the step did not complete")
+
+
+def test_dispatch(model: Qwen3ForCausalLM, executor_of: Callable[[ModelRunner], Executor]) -> None:
+    runners = [make_runner(model), make_runner(model)]
+    plan = make_plan(21)
+    start(plan, runners)
+    chunks, rows = next_chunks(plan), next_rows(plan)
+    shard = plan.shard(chunks, rows)
+    executor = executor_of(runners[0])
+    executor.launch(shard)
+    job = collect(executor)
+    assert job.error is None and job.result is not None and job.seconds > 0
+    assert job.result.token_ids == separate(runners[1], shard).token_ids
+    metrics = EngineMetrics(1)
+    metrics.record(job, len(job.result.token_ids))
+    card = metrics.as_dict()["card0"]
+    assert (card["mixed_steps"], card["prefill_steps"], card["decode_steps"]) == (1, 0, 0)
+    assert card["prefill_tokens"] == sum(count for _, count in chunks) and card["decode_tokens"] == len(rows)
+    assert card["mixed_seconds"] == job.seconds and card["busy_share"] > 0
+
+
+def simulated_step(prefix: list[int], chunk: list[int], kv: list[int], last_token: int) -> MixedShard:
+    """A second chunk in blocks 0 and 1, and a row in block 2; blocks of 4."""
+    row = SamplingRow(SamplingParams(), seed=9, position=0)
+    prefill = PrefillChunk(tuple(chunk), len(prefix), (0, 1), (row,))
+    entry = SlotEntry(0, last_token, len(kv), (2,), SamplingRow(SamplingParams(), seed=8, position=1))
+    return MixedShard(0, 2, PrefillShard(0, 2, (prefill,)), DecodeShard(0, 2, (0,), len(kv) + 1, (entry,)))
+
+
+@pytest.mark.parametrize("missing", [None, "prefix", "row"])
+def test_the_simulated_device_checks_both_halves(missing: str | None) -> None:
+    device = SimulatedExecutor({0: BlockManager(4, 4, keep_cached=True)}, random.Random(0))
+    prefix, chunk, kv = [5, 6, 7, 8], [9, 10], [11, 12]
+    first = expected_tokens(kv, 8, 1, set())[0]
+    value = [PrefillChunk(tuple(prefix), 0, (0,)), PrefillChunk(tuple(kv), 0, (2,))]
+    written = [part for part, name in zip(value, ("prefix", "row"), strict=True) if name != missing]
+    device.launch(PrefillShard(0, 1, tuple(written)))
+    device.launch(simulated_step(prefix, chunk, kv, first))
+    if missing:
+        with pytest.raises(CorruptKV):
+            while device.advance():
+                pass
+        return
+    assert device.poll() == [], "nothing happens before its time"
+    while device.advance():
+        pass
+    _, job = device.poll()
+    assert job.result is not None
+    assert job.result.token_ids == [
+        expected_tokens(prefix + chunk, 9, 1, set())[0],
+        expected_tokens(kv, 8, 2, set())[1],
+    ]
+    assert device.executed_steps[0] == device.reported_steps[0] == 2
