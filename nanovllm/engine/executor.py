@@ -52,6 +52,7 @@ class Job:
     begin_s: float = 0.0
     end_s: float = 0.0
     seconds: float = 0.0
+    idle_s: float | None = None  # a step: how long its card had done nothing before it; None: not known
     num_bytes: int = 0  # a copy: what it moved
     handle: Handle | None = None
     launched: threading.Event = field(default_factory=threading.Event)
@@ -100,8 +101,10 @@ def _run_on(runners: Mapping[int, Runner], shard: Shard, after: Any) -> Handle:
     return runners[shard.src].run_copy(shard, runners[shard.dst], after)
 
 
-def _measure(job: Job) -> None:
+def _measure(job: Job, before: Job | None = None) -> None:
     """Device seconds of a completed job, as its handle measured them; else it ran inside its launch."""
+    if before is not None and (idle_since := getattr(job.handle, "idle_since", None)) is not None:
+        job.idle_s = idle_since(before.handle)
     measured = getattr(job.handle, "seconds", None)
     job.seconds = job.end_s - job.begin_s if measured is None else measured
     job.num_bytes = getattr(job.handle, "num_bytes", 0)
@@ -161,11 +164,13 @@ class Worker:
         self._in_flight.put(None)
 
     def _collect_loop(self) -> None:
+        before = None  # the last job that succeeded
         while (job := self._in_flight.get()) is not None:
             try:  # whatever the device raises, also when asked for times, the engine must hear of this job
                 if job.handle is not None and job.error is None:
                     job.result = job.handle.wait()
-                    _measure(job)
+                    _measure(job, before)
+                    before = job
             except Exception as error:
                 job.error = error
             if job.after is not None:

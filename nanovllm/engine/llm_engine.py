@@ -196,6 +196,8 @@ class LLMEngine:
             raise job.error
         sampled = self.scheduler.complete(job.shard, job.result, job.seconds)
         self.metrics.record(job, len(sampled))
+        while self.scheduler.exposed_copies_s:
+            self.metrics.exposed_copy_ms.add(self.scheduler.exposed_copies_s.pop())
         if (trace := self.trace) is not None:
             trace.add_job(job, sampled)
         now_s = time.perf_counter()

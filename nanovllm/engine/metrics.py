@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import math
 import time
+from bisect import bisect_left
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nanovllm.engine.executor import Job
-from nanovllm.engine.shards import CopyShard, MixedShard, PrefillShard
+from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillShard
+
+
+class Histogram:
+    """How often a duration fell between two bounds, each a tenth above the one before, from 1 µs to 100 s."""
+
+    UPPER_MS = tuple(1e-3 * 1.1**i for i in range(195)) + (math.inf,)
+
+    def __init__(self) -> None:
+        self._counts = [0] * len(self.UPPER_MS)
+
+    def add(self, seconds: float) -> None:
+        self._counts[bisect_left(self.UPPER_MS, seconds * 1e3)] += 1
+
+    def as_dict(self) -> dict[str, list[float]]:
+        """`upper`: milliseconds, inclusive; `counts`: of each bound alone, since the start."""
+        return {"upper": list(self.UPPER_MS), "counts": list(self._counts)}
 
 
 @dataclass(slots=True)
 class CardMetrics:
     """One card's steps. Seconds are device seconds, as the executor measured them. Mixed steps count as neither of the
     others, their tokens do.
+
+    decode_gap_ms: from one step's end to the first kernel of the next, where a sequence decodes in both;
+    decode_period_ms: from end to end of such steps. Steps of a GPU only.
     """
 
     prefill_steps: int = 0
@@ -24,10 +45,20 @@ class CardMetrics:
     decode_seconds: float = 0.0
     mixed_steps: int = 0
     mixed_seconds: float = 0.0
+    decode_gap_ms: Histogram = field(default_factory=Histogram)
+    decode_period_ms: Histogram = field(default_factory=Histogram)
+
+    def add_gap(self, job: Job, shard: DecodeShard) -> None:
+        """Of a step with rows, unless all of them have just entered."""
+        if job.idle_s is not None and len(shard.slots) > len(shard.entries):
+            self.decode_gap_ms.add(job.idle_s)
+            self.decode_period_ms.add(job.idle_s + job.seconds)
 
     def as_dict(self, uptime: float) -> dict[str, Any]:
         busy = self.prefill_seconds + self.decode_seconds + self.mixed_seconds
-        return {name: getattr(self, name) for name in self.__slots__} | {"busy_share": busy / uptime if uptime else 0.0}
+        values = {name: getattr(self, name) for name in self.__slots__}
+        values |= {name: value.as_dict() for name, value in values.items() if isinstance(value, Histogram)}
+        return values | {"busy_share": busy / uptime if uptime else 0.0}
 
 
 @dataclass(slots=True)
@@ -55,6 +86,7 @@ class EngineMetrics:
     cards: list[CardMetrics] = field(init=False)
     all_copies: CopyMetrics = field(default_factory=CopyMetrics)
     copies_by_route: dict[tuple[int, int], CopyMetrics] = field(default_factory=dict)
+    exposed_copy_ms: Histogram = field(default_factory=Histogram)  # from a prompt's last chunk to its last block
     sampled_tokens: int = 0
     loop_seconds: float = 0.0  # of the engine loop, over iterations in which something happened
     launch_seconds: float = 0.0  # of the workers, until a shard was on its way to its card
@@ -82,10 +114,12 @@ class EngineMetrics:
             # Where a prompt's first token lost its taker while the step ran, that many too few.
             card.decode_tokens += max(0, num_sampled - shard.prefill.num_samples)
             card.mixed_seconds += job.seconds
+            card.add_gap(job, shard.decode)
         else:
             card.decode_steps += 1
             card.decode_tokens += num_sampled
             card.decode_seconds += job.seconds
+            card.add_gap(job, shard)
 
     def _record_copy(self, job: Job, shard: CopyShard) -> None:
         route = self.copies_by_route.setdefault((shard.src, shard.dst), CopyMetrics())
@@ -98,4 +132,5 @@ class EngineMetrics:
         routes = {f"{src}to{dst}": asdict(copies) for (src, dst), copies in list(self.copies_by_route.items())}
         names = ("sampled_tokens", "loop_seconds", "launch_seconds")
         counters = {name: getattr(self, name) for name in names} | asdict(self.all_copies)
-        return counters | {"copies_by_route": routes} | per_card
+        histograms = {"exposed_copy_ms": self.exposed_copy_ms.as_dict()}
+        return counters | histograms | {"copies_by_route": routes} | per_card

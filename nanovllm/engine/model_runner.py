@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 class StepHandle:
     """A launched step. `start` and `event`, timing events, mark its begin and end on the card; None on a CPU, where it
-    has ended already. What the host still prepares while the card has nothing else to do lies between the two."""
+    has ended already."""
 
     def __init__(
         self,
@@ -55,6 +55,12 @@ class StepHandle:
     def seconds(self) -> float | None:
         """Device time from the step's first kernel to its last; None on a CPU, where the caller's clock tells."""
         return None if self.start is None or self.event is None else self.start.elapsed_time(self.event) / 1e3
+
+    def idle_since(self, before: StepHandle) -> float | None:
+        """Seconds from the end of an earlier step to this one's first kernel; None on a CPU."""
+        if self.start is None or before.event is None:
+            return None
+        return before.event.elapsed_time(self.start) / 1e3
 
     def wait(self) -> StepResult:
         """Block until the step has ended; its sampled ids and the logprobs that rows asked for."""
@@ -99,8 +105,10 @@ class ModelRunner:
     @torch.inference_mode()
     def run_prefill(self, shard: PrefillShard) -> StepHandle:
         """Compute the chunks' KV; sample where a chunk is its prompt's last. Rows as `shard` lists its samples."""
-        with self._on_card() as start:
-            logits = self._prefill(shard)
+        with self._on_card():
+            batch = self._chunk_batch(shard)
+            start = self._mark()
+            logits = self._prefill(shard, batch)
             rows = _samples(shard)
             wanted = [row.params.logprobs for row in rows]
             kept = logits.clone() if _any_wanted(wanted) else logits  # penalties may change them in place
@@ -109,9 +117,10 @@ class ModelRunner:
     @torch.inference_mode()
     def run_decode_core(self, shard: DecodeShard) -> StepHandle:
         """Advance every slot of the shard by one token."""
-        with self._on_card() as start:
+        with self._on_card():
             self.slots.apply(shard)
             wanted = [self.slots.num_logprobs[slot] for slot in shard.slots]
+            start = self._mark()
             logits = self._decode(shard)
             kept = logits.clone() if _any_wanted(wanted) else logits  # penalties may change them in place
             return self._handle(kept, self._next_tokens(logits, shard), wanted, start)
@@ -119,12 +128,13 @@ class ModelRunner:
     @torch.inference_mode()
     def run_mixed(self, shard: MixedShard) -> StepHandle:
         """`run_prefill` and `run_decode_core` in one pass. Rows: those of the one, then those of the other."""
-        with self._on_card() as start:
+        with self._on_card():
             self.slots.apply(shard.decode)
-            samples = _samples(shard.prefill)
+            batch, samples = self._chunk_batch(shard.prefill), _samples(shard.prefill)
             wanted = [row.params.logprobs for row in samples]
             wanted += [self.slots.num_logprobs[slot] for slot in shard.decode.slots]
-            first, rows = self._mixed(shard)
+            start = self._mark()
+            first, rows = self._mixed(shard, batch)
             kept = torch.cat([first, rows]) if _any_wanted(wanted) else rows  # penalties may change them in place
             token_ids = [self._first_tokens(first, samples), self._next_tokens(rows, shard.decode)]
             return self._handle(kept, torch.cat(token_ids), wanted, start)
@@ -156,10 +166,10 @@ class ModelRunner:
 
     # -- a mixed step
 
-    def _mixed(self, shard: MixedShard) -> tuple[Tensor, Tensor]:
+    def _mixed(self, shard: MixedShard, batch: ChunkBatch) -> tuple[Tensor, Tensor]:
         """Logits of every sample's row, and of every slot."""
-        batch, sampled = self._chunk_batch(shard.prefill), _sampled_chunks(shard.prefill)
-        num_tokens, slots, graphs = shard.prefill.num_tokens, shard.decode.slots, self.mixed_graphs
+        sampled, num_tokens = _sampled_chunks(shard.prefill), shard.prefill.num_tokens
+        slots, graphs = shard.decode.slots, self.mixed_graphs
         size = graphs.size_for(num_tokens, len(batch.query_lens), len(slots)) if graphs is not None else None
         if graphs is None or size is None:
             return self._mixed_eagerly(batch, sampled, shard.decode)
@@ -221,9 +231,9 @@ class ModelRunner:
 
     # -- inputs of a prefill step
 
-    def _prefill(self, shard: PrefillShard) -> Tensor:
+    def _prefill(self, shard: PrefillShard, batch: ChunkBatch) -> Tensor:
         """Logits of every sample's row, float32 [samples, vocab_size]."""
-        batch, sampled, graphs = self._chunk_batch(shard), _sampled_chunks(shard), self.prefill_graphs
+        sampled, graphs = _sampled_chunks(shard), self.prefill_graphs
         size = graphs.size_for(shard.num_tokens, len(batch.query_lens)) if graphs is not None else None
         if graphs is None or size is None:
             return self._prefill_eagerly(batch, sampled)
@@ -305,13 +315,17 @@ class ModelRunner:
         return StepHandle(token_ids, logprobs, wanted, start)
 
     @contextmanager
-    def _on_card(self) -> Iterator[torch.cuda.Event | None]:
-        """Current device and stream are this thread's own state: set for every step. Yields the step's start."""
+    def _on_card(self) -> Iterator[None]:
+        """Current device and stream are this thread's own state: set for every step."""
         if self.stream is None:
-            yield None
+            yield
             return
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            yield _timed_event()
+            yield
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """The step's start: what the host prepared is behind it."""
+        return None if self.stream is None else _timed_event()
 
     def _int32(self, values: list[int] | Tensor) -> Tensor:
         return to_device(values, torch.int32, self.device)

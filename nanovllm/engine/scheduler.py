@@ -80,6 +80,7 @@ class Scheduler:
         self._last_busy_step = 0  # of the decode card, launched when card 0 last had a prompt
         # By card and step: groups, and how far each got.
         self.launched_prefills: dict[int, dict[int, list[tuple[PrefillGroup, int]]]] = {c: {} for c in self.managers}
+        self.exposed_copies_s: list[float] = []  # since they were last taken: from a prompt's end to its last block
         self.paused = False
         self.counts: Counter[str] = Counter()
 
@@ -327,8 +328,8 @@ class Scheduler:
         return len(self.evacuating) + len(self.returning)
 
     def _balance(self) -> None:
-        """Card 0, without a prompt, takes over what finds no slot on the decode card; without one for a while, part of a
-        large batch there, a few at a time. The youngest first."""
+        """Card 0, without a prompt, takes over what finds no slot on the decode card; after a while, part of a large
+        batch there, a few at a time. The youngest first."""
         main, own = self.main_batch, self.batches[self.prefill_card]
         steps = self.managers[main.card].launched_steps
         if self._has_prompts() or self.evacuated:
@@ -460,7 +461,10 @@ class Scheduler:
             return
         self.copying.discard(group)
         self.handoff.register_resident(group)
-        group.leader.request.timeline.mark("resident")
+        timeline = group.leader.request.timeline
+        timeline.mark("resident")
+        if group.changes_cards and timeline.resident and timeline.prefilled:
+            self.exposed_copies_s.append(timeline.resident - timeline.prefilled)
         for sequence in group.members:
             self.batches[group.decode_card].add(sequence)
 

@@ -1,4 +1,4 @@
-"""One card, two cards with either kind of roles, overlapped or not: the same tokens for the same 200 requests, and nothing left afterwards.
+"""One card, or two with either kind of roles, overlapped or not: the same tokens for the same 200 requests.
 
 Greedy and sampled requests with shared prefixes, chunked prefill, stops by id and by string, penalties, siblings,
 aborts at random steps, and pools so tiny that sequences are evacuated, recomputed and held back.

@@ -21,7 +21,7 @@ import triton.language as tl  # noqa: E402
 
 from nanovllm.engine.kv_cache import KVCache  # noqa: E402
 from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store, qk_norm_rope_store_reference  # noqa: E402
-from nanovllm.kernels.rms_norm import add_rms_norm, add_rms_norm_reference  # noqa: E402
+from nanovllm.kernels.rms_norm import add_partial_sums, add_rms_norm, add_rms_norm_reference  # noqa: E402
 from nanovllm.kernels.silu_mul import silu_mul, silu_mul_reference  # noqa: E402
 from nanovllm.layers.norm import RMSNorm  # noqa: E402
 from nanovllm.layers.rotary import RotaryEmbedding  # noqa: E402
@@ -224,6 +224,56 @@ def interpreted_silu_mul_keeps_extremes() -> None:
     torch.testing.assert_close(out, silu_mul_reference(gate_up), equal_nan=True)
 
 
+def pieces_of(x: Tensor, splits: int) -> Tensor:
+    """float32 [splits, *x.shape] whose sum is about x, and which float16 cannot hold: each is rounded late, or wrong."""
+    pieces = torch.randn(splits, *x.shape) * 1e5
+    pieces[-1] = x.float() - pieces[:-1].sum(0)
+    return pieces
+
+
+def interpreted_partial_sums_are_added_in_order_and_rounded_once() -> None:
+    """What a kernel makes of partial sums is bit for bit what it makes of their total."""
+    for dtype in DTYPES:
+        for splits in (2, 3, 8):
+            step = Step.random(4, 2, 16, dtype)
+            pieces, pages = pieces_of(step.qkv, splits), step.cache.pages
+            step.qkv = add_partial_sums(pieces, dtype)
+            expected = step.run(qk_norm_rope_store, pages), step.stored(pages)
+            pages.fill_(float("nan"))
+            inputs = *(norm.weight for norm in step.norms), step.rotary.cos_sin, step.positions
+            q = qk_norm_rope_store(pieces, *inputs, pages[:, LAYER, 0], pages[:, LAYER, 1], step.slot_mapping, EPS)
+            assert q.dtype == dtype and torch.equal(q, expected[0]) and torch.equal(step.stored(pages), expected[1])
+
+            pieces, residual, weight = (
+                pieces_of(torch.randn(3, 48), splits),
+                torch.randn(3, 48).to(dtype),
+                torch.rand(48),
+            )
+            normed, summed = add_rms_norm(add_partial_sums(pieces, dtype), residual.clone(), weight.to(dtype), EPS)
+            got = add_rms_norm(pieces, residual, weight.to(dtype), EPS)
+            assert got[0].dtype == dtype and torch.equal(got[0], normed)
+            assert got[1] is residual and torch.equal(residual, summed)
+
+            pieces, out = (
+                pieces_of(torch.randn(2, 2 * 1100) * 4, splits),
+                torch.full((2, 1100), float("nan"), dtype=dtype),
+            )
+            assert torch.equal(silu_mul(pieces, out=out), silu_mul(add_partial_sums(pieces, dtype)))
+
+
+def interpreted_partial_sums_are_refused_where_they_make_no_sense() -> None:
+    weight, whole, pieces = torch.ones(16), torch.zeros(2, 16), torch.zeros(2, 2, 16)
+    refused: list[Callable[[], object]] = [
+        lambda: add_rms_norm(pieces, None, weight, EPS),
+        lambda: add_rms_norm(pieces.half(), whole, weight, EPS),
+        lambda: add_rms_norm(pieces[:1], whole, weight, EPS),
+        lambda: silu_mul(pieces),
+    ]
+    for call in refused:
+        with pytest.raises(AssertionError):
+            call()
+
+
 CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("interpreted_")}
 
 
@@ -274,15 +324,24 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def launch_qk(model: str, dtype: torch.dtype, tokens: int = 8, device: str = "meta", offset: int = 0) -> None:
+def launch_qk(
+    model: str, dtype: torch.dtype, tokens: int = 8, device: str = "meta", offset: int = 0, splits: int = 1
+) -> None:
     """Positions and slots start `offset` elements into their buffers."""
     _, heads, kv_heads, head_dim, _ = QWEN3[model]
     pages = torch.empty(4, 2, 2, 16, kv_heads, head_dim, dtype=dtype, device=device)
     weight = torch.empty(head_dim, dtype=dtype, device=device)
     cos_sin = torch.empty(64, head_dim, device=device)
-    qkv = torch.empty(tokens, (heads + 2 * kv_heads) * head_dim, dtype=dtype, device=device)
+    qkv = product(splits, tokens, (heads + 2 * kv_heads) * head_dim, dtype, device)
     indices = torch.empty(tokens + offset, dtype=torch.int64, device=device)[offset:]
     qk_norm_rope_store(qkv, weight, weight, cos_sin, indices, pages[:, 1, 0], pages[:, 1, 1], indices, EPS)
+
+
+def product(splits: int, tokens: int, width: int, dtype: torch.dtype, device: str = "meta") -> Tensor:
+    """Whole, or its partial sums."""
+    if splits == 1:
+        return torch.empty(tokens, width, dtype=dtype, device=device)
+    return torch.empty(splits, tokens, width, device=device)
 
 
 def launch_norms(model: str, dtype: torch.dtype, tokens: int = 8) -> None:
@@ -293,6 +352,15 @@ def launch_norms(model: str, dtype: torch.dtype, tokens: int = 8) -> None:
 
 def launch_silu(model: str, dtype: torch.dtype, tokens: int = 8) -> None:
     silu_mul(meta(tokens, 2 * QWEN3[model][4], dtype=dtype))
+
+
+def launch_readers(model: str, dtype: torch.dtype, tokens: int, splits: int) -> None:
+    """What reads products, with partial sums."""
+    hidden, _, _, _, intermediate = QWEN3[model]
+    launch_qk(model, dtype, tokens, splits=splits)
+    residual = meta(tokens, hidden, dtype=dtype)
+    add_rms_norm(product(splits, tokens, hidden, dtype), residual, meta(hidden, dtype=dtype), EPS)
+    silu_mul(product(splits, tokens, 2 * intermediate, dtype), out=meta(tokens, intermediate, dtype=dtype))
 
 
 LAUNCHES = [launch_qk, launch_norms, launch_silu]
@@ -311,6 +379,26 @@ def test_compiles(launch: Callable[..., None], model: str, dtype: torch.dtype, c
         assert report.shared_bytes <= 1024, "these kernels need shared memory for sums over warps at most"
         narrow = re.search(r"(ld|st)\.global\.b(16|32)\b", report.ptx)
         assert narrow is None, f"{narrow}: the compiler does not see the alignment"
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("model", ["0.6B", "8B", "14B"])
+def test_readers_of_partial_sums_compile(model: str, capability: int) -> None:
+    for splits in (2, 4, 8):
+        reports = compile_launches(capability, lambda: launch_readers(model, torch.bfloat16, 16, splits))  # noqa: B023
+        assert len(reports) == 3
+        for report in reports:
+            assert_fits(report, max_registers=128)
+            narrow = re.search(r"(ld|st)\.global\.b(16|32)\b", report.ptx)
+            assert narrow is None, f"{narrow}: the compiler does not see the alignment"
+
+
+def test_one_variant_serves_every_batch_of_partial_sums() -> None:
+    variants = set()
+    for tokens in (1, 9, 16, 33):
+        reports = compile_launches(90, lambda: launch_readers("0.6B", torch.bfloat16, tokens, 4))  # noqa: B023
+        variants |= {report.hash for report in reports}
+    assert len(variants) == 3
 
 
 def test_one_variant_serves_every_batch() -> None:

@@ -70,7 +70,7 @@ class Plan:
         self.scheduler.check_integrity()
 
     def endable(self, *kinds: type[Shard]) -> list[Shard]:
-        """Shards of `kinds` in launch order, but none that must wait: a copy for its source, a step for another kind."""
+        """Shards of `kinds` in launch order, but not a copy ahead of its source, nor a step ahead of others."""
         return [shard for shard in self.in_flight if isinstance(shard, kinds) and self._may_end(shard, kinds)]
 
     def _may_end(self, shard: Shard, kinds: tuple[type[Shard], ...]) -> bool:

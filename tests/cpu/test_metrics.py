@@ -1,0 +1,74 @@
+"""Counters and histograms of the engine, from jobs made by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from nanovllm import DEMO_MODEL, LLM, SamplingParams
+from nanovllm.engine.executor import Job
+from nanovllm.engine.metrics import EngineMetrics, Histogram
+from nanovllm.engine.shards import DecodeShard, MixedShard, PrefillChunk, PrefillShard
+from tests.cpu.test_scheduler import Plan
+
+
+def counted(histogram: Histogram) -> list[tuple[float, float]]:
+    """(upper bound in milliseconds, count) of every bucket that is not empty."""
+    as_dict = histogram.as_dict()
+    return [(upper, count) for upper, count in zip(as_dict["upper"], as_dict["counts"], strict=True) if count]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e-6, 27e-6, 0.0123, 0.5, 99.0, 1e6])
+def test_a_duration_is_counted_within_a_tenth_of_itself(seconds: float) -> None:
+    histogram = Histogram()
+    histogram.add(seconds)
+    ((upper_ms, count),) = counted(histogram)
+    assert count == 1 and upper_ms >= seconds * 1e3
+    assert upper_ms <= max(1e-3, seconds * 1e3 * 1.1 + 1e-12) or upper_ms == math.inf
+
+
+def decode_job(idle_s: float | None, num_entries: int = 0, card: int = 1) -> Job:
+    shard = DecodeShard(card, 1, (0, 1), 8, entries=(None,) * num_entries)  # type: ignore[arg-type]
+    return Job(shard, idle_s=idle_s, seconds=0.005)
+
+
+def test_gaps_count_only_where_a_sequence_goes_on() -> None:
+    metrics = EngineMetrics(2)
+    metrics.record(decode_job(0.001), 2)
+    metrics.record(decode_job(3.0, num_entries=2), 2)  # nobody waited
+    metrics.record(decode_job(None), 2)  # a CPU
+    card = metrics.cards[1]
+    ((gap_ms, gaps),) = counted(card.decode_gap_ms)
+    ((period_ms, periods),) = counted(card.decode_period_ms)
+    assert gaps == periods == 1 and 1.0 <= gap_ms <= 1.1 and 6.0 <= period_ms <= 6.6
+
+
+def test_mixed_steps_count_both_kinds_of_tokens() -> None:
+    metrics = EngineMetrics(1)
+    chunk = PrefillChunk((1, 2, 3), 0, (0,), samples=(None,))  # type: ignore[arg-type]
+    decode = DecodeShard(0, 1, (0, 1), 8)
+    metrics.record(Job(MixedShard(0, 1, PrefillShard(0, 1, (chunk,)), decode), idle_s=0.0, seconds=0.5), 3)
+    card = metrics.as_dict()["card0"]
+    counts = {name: card[name] for name in ("prefill_tokens", "decode_tokens", "mixed_steps", "mixed_seconds")}
+    assert counts == {"prefill_tokens": 3, "decode_tokens": 2, "mixed_steps": 1, "mixed_seconds": 0.5}
+    assert card["prefill_steps"] == card["decode_steps"] == 0 and card["busy_share"] > 0
+    assert sum(card["decode_gap_ms"]["counts"]) == 1
+
+
+def test_exposed_copies_are_those_between_cards() -> None:
+    for pools, expected in (((50,), 0), ((50, 50), 3)):
+        plan = Plan(*pools)
+        for num_tokens in (5, 9, 8):
+            plan.add(num_tokens, max_tokens=3)
+        plan.drain()
+        assert len(plan.scheduler.exposed_copies_s) == expected
+        assert all(seconds >= 0 for seconds in plan.scheduler.exposed_copies_s)
+
+
+def test_stats_hold_them() -> None:
+    with LLM(DEMO_MODEL, device="cpu", enable_two_gpu_pd=True) as llm:
+        llm.generate([[5] * 40] * 2, SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
+        stats = llm.stats()
+    assert sum(stats["exposed_copy_ms"]["counts"]) == 2
+    assert len(stats["card1"]["decode_period_ms"]["upper"]) == len(stats["card1"]["decode_gap_ms"]["counts"])
