@@ -14,6 +14,7 @@ LOAD_FORMATS = ("auto", "dummy")
 PD_ROLES = ("elastic", "strict")
 ATTENTION_BACKENDS = ("auto", "flash_attn", "triton", "torch")
 MAX_RUN_AHEAD = 4
+DEFAULT_RUN_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Config:
     `num_kvcache_blocks`: one number for every card, or (card 0, card 1); None sizes each card's pool from
     its own memory. `decode_backlog_high/low`: sequences prefilled but not yet decoding at which prefill pauses
     and resumes (None: half of `max_num_seqs`, and half of that). `run_ahead`: decode steps launched beyond the
-    one whose result the host is waiting for.
+    one whose result the host is waiting for (None: one where a step takes 5 ms or more, else two).
     `max_num_batched_tokens`: of a step; on one card, of prompts and decode rows together.
     `pd_roles`: "strict" cards prefill or decode; "elastic" ones help each other out. `itl_slo_ms`: what a decode step
     may take with a part of a prompt in it (None: twice what it takes without); elastic roles only.
@@ -50,7 +51,7 @@ class Config:
     enforce_eager: bool = False
     enable_prefix_caching: bool = True
     overlap: bool = True
-    run_ahead: int = 2
+    run_ahead: int | None = None
     decode_backlog_high: int | None = None
     decode_backlog_low: int | None = None
     seed: int = 0
@@ -96,7 +97,8 @@ class Config:
         _integer("max_model_len", self.max_model_len, 2, 1 << 24)
         _integer("max_num_seqs", self.max_num_seqs, 1, 1 << 16)
         _integer("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 24)
-        _integer("run_ahead", self.run_ahead, 1, MAX_RUN_AHEAD)
+        if self.run_ahead is not None:
+            _integer("run_ahead", self.run_ahead, 1, MAX_RUN_AHEAD)
         _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
         utilization = self.gpu_memory_utilization
         if not isinstance(utilization, (int, float)) or isinstance(utilization, bool) or not 0 < utilization <= 1:
@@ -148,8 +150,8 @@ class Config:
 
     @property
     def steps_ahead(self) -> int:
-        """Decode steps that may be in flight beyond the oldest uncollected one."""
-        return self.run_ahead if self.overlap else 0
+        """Decode steps that may be in flight beyond the oldest uncollected one, at most."""
+        return (self.run_ahead or DEFAULT_RUN_AHEAD) if self.overlap else 0
 
 
 def _one_of(name: str, value: object, allowed: tuple[Any, ...]) -> None:

@@ -53,7 +53,7 @@ class Cost:
         pairs = sum(len(chunk.tokens) * (chunk.start + len(chunk.tokens) / 2) for chunk in chunks)
         taken = interpolate(GEMM_MS, tokens + rows) + 4 * 36 * 4096 * pairs / 4e11 + tokens * 0.0025 + rows * 0.003
         if decode:
-            taken += 0.3 + self._context_tokens(decode) * KV_BYTES_PER_TOKEN / READ_BYTES_PER_MS
+            taken += 1.1 + self._context_tokens(decode) * KV_BYTES_PER_TOKEN / READ_BYTES_PER_MS
         return taken if decode and tokens <= 1024 + 8 else max(taken, LAUNCH_MS)
 
     def _context_tokens(self, shard: DecodeShard) -> int:

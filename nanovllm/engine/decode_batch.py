@@ -7,9 +7,12 @@ from typing import NamedTuple
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.pace import Pace
 from nanovllm.engine.request_states import State
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.shards import DecodeShard, NewBlock, SlotEntry
+
+COVERED_S = 0.005  # of the card's time that must be launched ahead: Python may keep the host from it that long
 
 
 class DecodePlan(NamedTuple):
@@ -23,8 +26,9 @@ class DecodePlan(NamedTuple):
 class DecodeBatch:
     """Queues of one card. `num_living`: sequences that hold, or are taking, blocks there to decode."""
 
-    def __init__(self, card: int, manager: BlockManager, config: Config) -> None:
+    def __init__(self, card: int, manager: BlockManager, config: Config, pace: Pace) -> None:
         self.card, self.manager = card, manager
+        self._pace = pace if config.run_ahead is None else None
         self.block_size, self.steps_ahead = config.kvcache_block_size, config.steps_ahead
         self.ready: list[Sequence] = []
         self.running: dict[Sequence, None] = {}
@@ -38,7 +42,9 @@ class DecodeBatch:
 
     @property
     def may_launch(self) -> bool:
-        return len(self.launched) <= self.steps_ahead
+        """Whether another step may be in flight. What is ready now joins behind those that are: no more than needed."""
+        covered = self._pace is not None and self._pace.decode_s[self.card] >= COVERED_S
+        return len(self.launched) <= (min(1, self.steps_ahead) if covered else self.steps_ahead)
 
     @property
     def num_rows(self) -> int:

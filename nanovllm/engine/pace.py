@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from nanovllm.engine.shards import DecodeShard, MixedShard, PrefillShard, Shard
 
 CHUNK_TOKENS = (256, 512, 1024, 2048)  # of a prompt in a decode step: steps of all but the last are captured
@@ -41,6 +43,10 @@ class Pace:
         room_s = decode_s if self._slo_s is None else self._slo_s - decode_s
         fitting = [size for size in CHUNK_TOKENS if size * self.token_s <= room_s]
         return max(fitting, default=smallest if self._slo_s is None else 0)
+
+    def seconds_of(self, num_tokens: int) -> float:
+        """What a card takes for so many prompt tokens; infinite as long as none was measured."""
+        return num_tokens * self.token_s if self.token_s else math.inf
 
 
 def _average(old: float, new: float) -> float:

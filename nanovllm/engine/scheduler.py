@@ -38,6 +38,7 @@ from nanovllm.engine.shards import (
 PREFILL_STEPS_IN_FLIGHT = 2  # one computes, one waits in the card's queue: the host never starves the card
 PREFILL_TOKENS = 8192  # of a step of card 0 with elastic roles: what it has launched, card 1 cannot take any more
 HELP_ALONE_TOKENS = 2048  # of a step in which the decode card has nothing to decode: what arrives waits no longer
+HELP_AFTER_S = 0.03  # of prefill work waiting for card 0, before the decode card takes a prompt
 MOVES_IN_FLIGHT = 16  # of sequences between the cards at a time: each waits for the copies before its own
 BALANCE_AFTER_S = 0.25  # for which card 0 had no prompt, before it takes over part of a batch of
 BALANCE_ROWS = 32  # more than twice its own
@@ -68,8 +69,8 @@ class Scheduler:
         }
         self.handoff = Handoff(self.managers, self.prefill_card, self.decode_card, config.enable_prefix_caching)
         decoding = self.managers if self.elastic else (self.decode_card,)
-        self.batches = {card: DecodeBatch(card, self.managers[card], config) for card in decoding}
         self.pace = Pace(len(num_blocks), config.itl_slo_ms)
+        self.batches = {card: DecodeBatch(card, self.managers[card], config, self.pace) for card in decoding}
         self.waiting: list[tuple[tuple[int, int], PrefillGroup]] = []  # heap by arrival
         self.num_waiting_tokens = 0
         self.prefilling: dict[int, deque[PrefillGroup]] = {card: deque() for card in self.managers}
@@ -200,8 +201,9 @@ class Scheduler:
     def _help(self, group: PrefillGroup) -> bool:
         """The decode card takes a prompt that would wait on card 0, unless that holds much of it already."""
         main, other = self.main_batch, self.prefill_card
-        queues = self.elastic and len(self.launched_prefills[other]) >= PREFILL_STEPS_IN_FLIGHT
-        if not queues or not self._has_slots(main, group):
+        if not self.elastic or len(self.launched_prefills[other]) < PREFILL_STEPS_IN_FLIGHT:
+            return False
+        if self.pace.seconds_of(self.num_waiting_tokens) < HELP_AFTER_S or not self._has_slots(main, group):
             return False
         if 2 * self.handoff.num_cached_tokens(group) > group.num_tokens or not self._admit(group, main.card, main):
             return False

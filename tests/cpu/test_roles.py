@@ -253,3 +253,18 @@ def _chunk(num_tokens: int) -> Any:
     from nanovllm.engine.shards import PrefillChunk
 
     return PrefillChunk((0,) * num_tokens, 0, (0,))
+
+
+# -- run-ahead
+
+
+@pytest.mark.parametrize(("options", "step_s", "steps"), [({}, 0.0049, 3), ({}, 0.005, 2), ({"run_ahead": 3}, 0.01, 4)])
+def test_long_steps_are_launched_less_far_ahead(options: dict[str, Any], step_s: float, steps: int) -> None:
+    """What becomes ready joins behind the steps in flight."""
+    plan = Plan(40, 40, **({"run_ahead": None} | options))
+    plan.scheduler.pace.decode_s[1] = step_s
+    plan.add(5)
+    plan.fill()
+    plan.launch_all(DecodeShard)
+    assert len(plan.endable(DecodeShard)) == steps
+    plan.drain()

@@ -29,7 +29,7 @@ class Plan:
     """A scheduler whose shards stay in flight until a test ends them; the books are checked at every move."""
 
     def __init__(self, *num_blocks: int, **options: Any) -> None:
-        options = {"decode_backlog_high": 100, "decode_backlog_low": 50, "pd_roles": "strict"} | options
+        options = {"run_ahead": 2, "decode_backlog_high": 100, "decode_backlog_low": 50, "pd_roles": "strict"} | options
         config = tiny_config(SIZE, enable_two_gpu_pd=len(num_blocks) == 2, **options)
         self.scheduler = Scheduler(config, num_blocks)
         self.in_flight: list[Shard] = []
