@@ -17,6 +17,7 @@ from nanovllm.kernels.decode_state import advance, gather_inputs
 from nanovllm.kernels.filtered_race import Sizes, filtered_race
 from nanovllm.kernels.paged_decode import paged_decode, paged_decode_reference
 from nanovllm.kernels.paged_prefill import paged_prefill, paged_prefill_reference, store_kv, store_kv_reference
+from nanovllm.kernels.partial_sums import add_partial_sums
 from nanovllm.kernels.penalties import apply_penalties_, count_
 from nanovllm.kernels.push_blocks import push_blocks, push_blocks_reference
 from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store, qk_norm_rope_store_reference
@@ -30,6 +31,13 @@ from nanovllm.kernels.skinny_gemm import (
     norm_linear_reference,
     skinny_linear,
     skinny_linear_reference,
+)
+from nanovllm.kernels.split_gemm import (
+    SplitTiles,
+    split_gate_up,
+    split_gate_up_reference,
+    split_linear,
+    split_linear_reference,
 )
 from nanovllm.layers.sampler import SamplingBatch, sample
 from nanovllm.layers.seen_tokens import BANNED, IN_PROMPT, unpack
@@ -360,3 +368,28 @@ def skinny_norm_case(rows: int, outputs: int, columns: int, gated: bool, residua
     if gated:
         return Case(build, norm_gate_up, norm_gate_up_reference)
     return Case(build, norm_linear, norm_linear_reference)
+
+
+def split_case(rows: int, outputs: int, columns: int, tiles: SplitTiles, gated: bool = False) -> Case:
+    """Of partial sums, their total; of gate and up, what the SiLU product makes of them."""
+
+    def build(inputs: Inputs, run: Callable[..., Tensor]) -> Sequence[Tensor]:
+        product = run(inputs.randn(rows, columns), inputs.randn(outputs, columns) * columns**-0.5)
+        return [product if product.dim() == 2 else product.sum(0)]
+
+    if gated:
+        return Case(build, partial(split_gate_up, tiles=tiles), split_gate_up_reference)
+    return Case(build, partial(split_linear, tiles=tiles), split_linear_reference)
+
+
+def split_norm_case(rows: int, hidden: int, splits: int) -> Case:
+    """Residual sum and norm of partial sums."""
+
+    def build(inputs: Inputs, run: Callable[..., tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
+        pieces = inputs.randn(splits, rows, hidden).float()
+        return run(pieces, inputs.randn(rows, hidden), inputs.randn(hidden), EPS)
+
+    def twin(pieces: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return add_rms_norm_reference(add_partial_sums(pieces, weight.dtype), residual, weight, eps)
+
+    return Case(build, add_rms_norm, twin)

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for what lies be
 
 from nanovllm.kernels.filtered_race import Sizes
 from nanovllm.kernels.push_blocks import push_blocks
+from nanovllm.kernels.split_gemm import SplitTiles
 from nanovllm.sampling_params import SamplingParams
 from tools.sanitize_cases import (
     Case,
@@ -52,6 +53,8 @@ from tools.sanitize_cases import (
     silu_case,
     skinny_case,
     skinny_norm_case,
+    split_case,
+    split_norm_case,
     store_case,
 )
 
@@ -103,6 +106,13 @@ CASES: dict[str, tuple[Case, ...]] = {  # by module of nanovllm/kernels
         skinny_norm_case(5, 37, 272, gated=False),
         skinny_norm_case(1, 70, 2064, gated=True),
         skinny_norm_case(8, 70, 272, gated=True),
+    ),
+    "split_gemm": (
+        split_case(9, 112, 272, SplitTiles(64, 64, 1, 3)),
+        split_case(33, 112, 272, SplitTiles(64, 64, 2, 4)),
+        split_case(17, 112, 272, SplitTiles(64, 64, 1, 4), gated=True),
+        split_case(16, 112, 272, SplitTiles(128, 64, 3, 3), gated=True),
+        split_norm_case(17, 1024, 4),
     ),
     "silu_mul": tuple(silu_case(3, intermediate) for intermediate in (80, 1536)),
     "push_blocks": (

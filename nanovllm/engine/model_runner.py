@@ -217,7 +217,7 @@ class ModelRunner:
     def warm_up(self) -> None:
         """Compile what prefill launches: few tokens, and many, and every kind of sampler, into the null block."""
         kinds = SamplingParams(), SamplingParams(top_k=2, top_p=0.5), SamplingParams(repetition_penalty=2.0)
-        for number, count in enumerate((1, 2, 4, 8, 256)):  # few rows have kernels of their own, by powers of two
+        for number, count in enumerate((1, 2, 4, 8, 16, 32, 64, 96, 128, 256)):  # few rows have kernels of their own
             count = min(count, self.max_model_len)
             table = (self.kv_cache.null_block,) * -(-count // self.block_size)
             rows = (SamplingRow(kinds[number % 3], seed=0, position=0),)

@@ -13,6 +13,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 PDL_CAPABILITY = 9  # the first that has it
+LINE_BITS = tl.constexpr(8 * 128)  # a line of L2
 
 
 @triton.jit
@@ -21,6 +22,13 @@ def wait_for_predecessor(PDL: tl.constexpr) -> None:
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+
+
+@triton.jit
+def fetch_to_l2(ptrs: tl.tensor) -> None:
+    """Ask for the lines at `ptrs`, and go on. The assembly has a result only because it must."""
+    assembly: tl.constexpr = "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }"
+    tl.inline_asm_elementwise(assembly, "=r,l", [ptrs.to(tl.int64)], tl.int32, False, pack=1)
 
 
 def has_pdl(device: torch.device) -> bool:

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.launch import has_pdl, wait_for_predecessor
+from nanovllm.kernels.partial_sums import count_splits, load_product
 from nanovllm.kernels.rms_norm import rms_norm_reference
 
 
@@ -27,10 +28,18 @@ class Tiles(NamedTuple):
 
 
 @triton.jit
-def _load_halves(ptr: tl.tensor, head: tl.tensor, HEAD_DIM: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Both halves of the given heads, each float32 [heads, HEAD_DIM / 2]."""
+def _load_halves(
+    ptr: tl.tensor,
+    head: tl.tensor,
+    size: tl.tensor,
+    dtype: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Both halves of the given heads of a product of `size` elements, each float32 [heads, HEAD_DIM / 2]."""
     half = ptr + head[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM // 2)[None, :]
-    return tl.load(half).to(tl.float32), tl.load(half + HEAD_DIM // 2).to(tl.float32)
+    first = load_product(half, None, size, dtype, SPLITS)
+    return first, load_product(half + HEAD_DIM // 2, None, size, dtype, SPLITS)
 
 
 @triton.jit
@@ -92,6 +101,7 @@ def _qk_norm_rope_store_kernel(
     HEAD_STRIDE: tl.constexpr,
     QUERY_TILE: tl.constexpr,
     KV_TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """One program: QUERY_TILE query heads of a token, or KV_TILE of its key heads and the same value heads.
@@ -100,16 +110,19 @@ def _qk_norm_rope_store_kernel(
     """
     QUERY_TILES: tl.constexpr = QUERY_HEADS // QUERY_TILE
     TILES: tl.constexpr = QUERY_TILES + KV_HEADS // KV_TILE
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
     program = tl.program_id(0)
     tile = program % TILES
     token = (program // TILES).to(tl.int64)
     wait_for_predecessor(PDL)
-    qkv_ptr += token * ((QUERY_HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    WIDTH: tl.constexpr = (QUERY_HEADS + 2 * KV_HEADS) * HEAD_DIM
+    size = (tl.num_programs(0) // TILES).to(tl.int64) * WIDTH
+    qkv_ptr += token * WIDTH
     position = tl.load(positions_ptr + token)
     # Names differ between the branches: what both assign would have to be of one shape.
     if tile < QUERY_TILES:
         q_head = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
-        q_first, q_second = _load_halves(qkv_ptr, q_head, HEAD_DIM)
+        q_first, q_second = _load_halves(qkv_ptr, q_head, size, dtype, HEAD_DIM, SPLITS)
         q_first, q_second = _norm_and_rotate(
             q_first, q_second, q_weight_ptr, cos_sin_ptr + position * HEAD_DIM, EPS, HEAD_DIM
         )
@@ -117,8 +130,9 @@ def _qk_norm_rope_store_kernel(
     else:
         slot = tl.load(slot_mapping_ptr + token)
         head = (tile - QUERY_TILES) * KV_TILE + tl.arange(0, KV_TILE)
-        k_first, k_second = _load_halves(qkv_ptr + QUERY_HEADS * HEAD_DIM, head, HEAD_DIM)
-        v_first, v_second = _load_halves(qkv_ptr + (QUERY_HEADS + KV_HEADS) * HEAD_DIM, head, HEAD_DIM)
+        k_ptr = qkv_ptr + QUERY_HEADS * HEAD_DIM
+        k_first, k_second = _load_halves(k_ptr, head, size, dtype, HEAD_DIM, SPLITS)
+        v_first, v_second = _load_halves(k_ptr + KV_HEADS * HEAD_DIM, head, size, dtype, HEAD_DIM, SPLITS)
         k_first, k_second = _norm_and_rotate(
             k_first, k_second, k_weight_ptr, cos_sin_ptr + position * HEAD_DIM, EPS, HEAD_DIM
         )
@@ -147,18 +161,19 @@ def qk_norm_rope_store(
     Rounds as `qk_norm_rope_store_reference` does.
 
     qkv: [T, (H + 2·K)·D], contiguous, query heads first, then keys, then values; bfloat16, float16 or float32,
-    and so are q_weight and k_weight [D], the pages and out. cos_sin: float32 [max_position_tokens, D], as
+    and so are q_weight and k_weight [D], the pages and out; or the partial sums of such a product, float32
+    [S, T, (H + 2·K)·D] (see `rms_norm`). cos_sin: float32 [max_position_tokens, D], as
     `RotaryEmbedding.cos_sin`: row p holds cos, then sin. positions: int64 [T], rows of cos_sin. k_pages,
     v_pages: `KVCache.layer_view`, [blocks, block_size, K, D], strided alike, D a power of two. slot_mapping:
     int64 [T], block · block_size + offset; rows may share a slot only where nobody reads it (padding rows, in
     the null block). out: contiguous. num_sms: no effect; the card spreads the small programs over whatever
     partition the stream has.
     """
-    T = qkv.shape[0]
+    (T, width), splits = qkv.shape[-2:], count_splits(qkv)
     page_size, K, D = k_pages.shape[1:]
-    H = qkv.shape[1] // D - 2 * K
-    out = qkv.new_empty(T, H, D) if out is None else out
-    assert qkv.shape == (T, (H + 2 * K) * D) and qkv.is_contiguous() and H > 0
+    H = width // D - 2 * K
+    out = q_weight.new_empty(T, H, D) if out is None else out
+    assert width == (H + 2 * K) * D and qkv.is_contiguous() and H > 0
     assert out.shape == (T, H, D) and out.is_contiguous() and q_weight.shape == k_weight.shape == (D,)
     assert cos_sin.shape[1] == D and cos_sin.is_contiguous() and cos_sin.dtype == torch.float32
     assert positions.shape == slot_mapping.shape == (T,) and positions.dtype == slot_mapping.dtype == torch.int64
@@ -185,6 +200,7 @@ def qk_norm_rope_store(
             HEAD_STRIDE=k_pages.stride(2),
             QUERY_TILE=tiles.query_heads,
             KV_TILE=tiles.kv_heads,
+            SPLITS=splits,
             PDL=pdl,
             num_warps=tiles.num_warps,
             launch_pdl=pdl,

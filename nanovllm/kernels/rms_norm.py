@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.launch import has_pdl, wait_for_predecessor
+from nanovllm.kernels.partial_sums import count_splits, load_product
 
 
 @triton.jit
@@ -23,6 +24,7 @@ def _add_rms_norm_kernel(
     EPS: tl.constexpr,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """One program a row; it has read its whole row before it writes any of it."""
@@ -32,7 +34,7 @@ def _add_rms_norm_kernel(
     offset = tl.program_id(0).to(tl.int64) * N + column
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     wait_for_predecessor(PDL)
-    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    x = load_product(x_ptr + offset, inside, tl.num_programs(0).to(tl.int64) * N, dtype, SPLITS)
     if residual_ptr is not None:
         x += tl.load(residual_ptr + offset, mask=inside, other=0.0).to(tl.float32)
         rounded = x.to(dtype)  # the stream lives in the model's dtype: the norm sees the rounded sum
@@ -55,21 +57,23 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(RMSNorm of x + residual, x + residual), both [T, N], rounded as `add_rms_norm_reference` rounds.
 
-    x: [T, N], contiguous; bfloat16, float16 or float32, and so is every other tensor. residual: [T, N],
-    contiguous, or None ahead of the first layer: then x itself is returned as the new residual. weight: [N].
-    out: [T, N], may be x. residual_out: [T, N]; None writes the sum **over `residual`**, which saves a buffer.
+    x: [T, N], contiguous; bfloat16, float16 or float32, and so is every other tensor; or the partial sums of such
+    a product, float32 [S, T, N] (see above). residual: [T, N], contiguous, or None ahead of the first layer:
+    then x itself, which is whole there, is returned as the new residual. weight: [N]. out: [T, N], may be x.
+    residual_out: [T, N]; None writes the sum **over `residual`**, which saves a buffer.
     num_sms: no effect; the card spreads one small program a row over whatever partition the stream has.
     """
-    T, N = x.shape
+    (T, N), splits = x.shape[-2:], count_splits(x)
     assert x.is_contiguous() and weight.shape == (N,) and weight.is_contiguous()
-    assert residual is None or (residual.shape == x.shape and residual.is_contiguous())
-    out = torch.empty_like(x) if out is None else out
-    assert out.shape == x.shape and out.is_contiguous()
+    assert residual is None or (residual.shape == (T, N) and residual.is_contiguous())
+    out = weight.new_empty(T, N) if out is None else out
+    assert out.shape == (T, N) and out.is_contiguous()
     if residual is None:
+        assert splits == 1, "partial sums are no stream"
         residual_out = x
     elif residual_out is None:
         residual_out = residual
-    assert residual_out.shape == x.shape and residual_out.is_contiguous()
+    assert residual_out.shape == (T, N) and residual_out.is_contiguous()
     block, pdl = triton.next_power_of_2(N), has_pdl(x.device)
     with torch.cuda.device_of(x):
         _add_rms_norm_kernel[(T,)](
@@ -81,16 +85,17 @@ def add_rms_norm(
             EPS=eps,
             N=N,
             BLOCK=block,
+            SPLITS=splits,
             PDL=pdl,
-            num_warps=_num_warps(block),
+            num_warps=_num_warps(block * x.element_size()),
             launch_pdl=pdl,
         )
     return out, residual_out
 
 
-def _num_warps(block: int) -> int:
-    """16 elements a thread: two 16-byte loads of each input in flight."""
-    return min(16, max(1, block // 512))
+def _num_warps(row_bytes: int) -> int:
+    """Two 16-byte loads of each input, or each of its partial sums, in flight a thread."""
+    return min(16, max(1, row_bytes // 1024))
 
 
 def add_rms_norm_reference(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,14 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from nanovllm.kernels.launch import has_pdl, wait_for_predecessor
+from nanovllm.kernels.partial_sums import count_splits, load_product
+
+
+@triton.jit
+def silu_times(gate: tl.tensor, up: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """silu(gate) · up, all float32, with silu rounded to `dtype`: the product is rounded by whoever stores it."""
+    activated = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    return activated * up
 
 
 @triton.jit
@@ -21,6 +29,7 @@ def _silu_mul_kernel(
     INTERMEDIATE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS_PER_ROW: tl.constexpr,
+    SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """One program a block of one row."""
@@ -31,22 +40,24 @@ def _silu_mul_kernel(
     column = (program % BLOCKS_PER_ROW) * BLOCK + tl.arange(0, BLOCK)
     inside = column < INTERMEDIATE
     gate_ptr = gate_up_ptr + row * (2 * INTERMEDIATE) + column
-    gate = tl.load(gate_ptr, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_ptr + INTERMEDIATE, mask=inside, other=0.0).to(tl.float32)
-    activated = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-    tl.store(out_ptr + row * INTERMEDIATE + column, (activated * up).to(dtype), mask=inside)
+    size = (tl.num_programs(0) // BLOCKS_PER_ROW).to(tl.int64) * (2 * INTERMEDIATE)
+    gate = load_product(gate_ptr, inside, size, dtype, SPLITS)
+    up = load_product(gate_ptr + INTERMEDIATE, inside, size, dtype, SPLITS)
+    tl.store(out_ptr + row * INTERMEDIATE + column, silu_times(gate, up, dtype).to(dtype), mask=inside)
 
 
 def silu_mul(gate_up: Tensor, *, out: Tensor | None = None, num_sms: int | None = None) -> Tensor:
     """silu(gate) · up, [T, I], of gate_up [T, 2·I] whose rows hold gate, then up.
 
     silu is computed in float32 and rounded to the tensors' dtype, then the product is rounded again: the two
-    roundings of `silu_mul_reference`. gate_up: contiguous; bfloat16, float16 or float32. out: [T, I], same
-    dtype. num_sms: no effect; the card spreads the small programs over whatever partition the stream has.
+    roundings of `silu_mul_reference`. gate_up: contiguous; bfloat16, float16 or float32; or its partial sums,
+    float32 [S, T, 2·I] (see `rms_norm`), whose total is rounded to out's dtype first: `out` must be given then.
+    out: [T, I]. num_sms: no effect; the card spreads the small programs over whatever partition the stream has.
     """
-    T, width = gate_up.shape
-    intermediate = width // 2
+    T, width = gate_up.shape[-2:]
+    intermediate, splits = width // 2, count_splits(gate_up)
     assert gate_up.is_contiguous() and width == 2 * intermediate
+    assert splits == 1 or out is not None, "partial sums do not say what dtype they are of"
     out = gate_up.new_empty(T, intermediate) if out is None else out
     assert out.shape == (T, intermediate) and out.is_contiguous()
     block, num_warps = _block_and_warps(intermediate)
@@ -58,6 +69,7 @@ def silu_mul(gate_up: Tensor, *, out: Tensor | None = None, num_sms: int | None 
             INTERMEDIATE=intermediate,
             BLOCK=block,
             BLOCKS_PER_ROW=blocks_per_row,
+            SPLITS=splits,
             PDL=pdl,
             num_warps=num_warps,
             launch_pdl=pdl,

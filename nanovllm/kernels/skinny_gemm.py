@@ -22,14 +22,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.kernels.launch import has_pdl
+from nanovllm.kernels.launch import LINE_BITS, fetch_to_l2, has_pdl
 from nanovllm.kernels.paged_decode import count_sms
 from nanovllm.kernels.rms_norm import add_rms_norm_reference
 from nanovllm.kernels.silu_mul import silu_mul_reference
 
 MAX_ROWS = 8  # the tensor cores' smallest second operand
 VECTOR_BITS = tl.constexpr(8 * 16)  # the widest load of one thread
-LINE_BITS = tl.constexpr(8 * 128)  # a line of L2
 MOST_PDL_BYTES = 32 << 20  # of a weight: reading ahead for a larger one took the memory from the kernel before it
 NORM_ELEMENTS_PER_THREAD = 32  # of x and of the residual, at once in registers while the norm's sums are formed
 
@@ -60,13 +59,6 @@ def _widen(weights: tl.tensor) -> tl.tensor:
         )
     else:
         return weights.to(tl.float32)
-
-
-@triton.jit
-def _fetch_to_l2(ptrs: tl.tensor) -> None:
-    """Ask for the lines at `ptrs`, and go on. The assembly has a result only because it must."""
-    assembly: tl.constexpr = "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }"
-    tl.inline_asm_elementwise(assembly, "=r,l", [ptrs.to(tl.int64)], tl.int32, False, pack=1)
 
 
 @triton.jit
@@ -170,9 +162,9 @@ def _skinny_kernel(
         if STAGES > 1:
             first_ptrs = tl.where(inside_n, row_ptrs, weight_ptr)[:, None]
             for start in tl.static_range(0, (STAGES - 1) * STEP, STEP):
-                _fetch_to_l2(first_ptrs + _line_starts(start, STEP, K, LINE))
+                fetch_to_l2(first_ptrs + _line_starts(start, STEP, K, LINE))
         if norm_weight_ptr is not None:
-            _fetch_to_l2(norm_weight_ptr + _line_starts(0, NORM_BLOCK, K, LINE))
+            fetch_to_l2(norm_weight_ptr + _line_starts(0, NORM_BLOCK, K, LINE))
         gdc_wait()
     if norm_weight_ptr is not None:
         scales = _norm_scales(x_ptr, residual_ptr, residual_out_ptr, num_rows, EPS, K, ROWS, NORM_BLOCK)

@@ -1,6 +1,8 @@
 """What lies between a layer's matrix products, and at few rows those too: torch or Triton, the same mathematics.
 
-With a handful of rows a product is nothing but reading its weights, and may have its neighbours fused into it.
+With a handful of rows a product is nothing but reading its weights, and may have its neighbours fused into it. With
+some more it may be split: `linear` and `norm_linear` then return, in place of a product [tokens, out], partial sums of
+it, float32 [splits, tokens, out], which `add_norm`, `norm_linear`, `norm_swiglu` and `split_qkv` take in its place.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class Elementwise(ABC):
         """silu(first half) · second half of [tokens, 2 · intermediate]."""
 
     def linear(self, linear: Linear, x: Tensor) -> Tensor:
-        """x Wᵀ, [tokens, out]."""
+        """x Wᵀ, [tokens, out], or its partial sums."""
         return linear(x)
 
     def norm_linear(self, norm: RMSNorm, linear: Linear, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -91,12 +93,12 @@ class TritonElementwise(Elementwise):
 
     def __init__(self) -> None:
         # Here: a CPU build of torch comes without Triton.
-        from nanovllm.kernels import skinny_gemm
+        from nanovllm.kernels import skinny_gemm, split_gemm
         from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store
         from nanovllm.kernels.rms_norm import add_rms_norm
         from nanovllm.kernels.silu_mul import silu_mul
 
-        self._skinny = skinny_gemm
+        self._skinny, self._split = skinny_gemm, split_gemm
         self._add_rms_norm, self._qk_norm_rope_store, self._silu_mul = add_rms_norm, qk_norm_rope_store, silu_mul
 
     def add_norm(self, norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -118,17 +120,25 @@ class TritonElementwise(Elementwise):
         return self._silu_mul(gate_up)
 
     def linear(self, linear: Linear, x: Tensor) -> Tensor:
-        return self._skinny.skinny_linear(x, linear.weight) if self._is_skinny(x) else linear(x)
+        return self._skinny.skinny_linear(x, linear.weight) if self._is_skinny(x) else self._split_linear(linear, x)
+
+    def _split_linear(self, linear: Linear, x: Tensor) -> Tensor:
+        return self._split.split_linear(x, linear.weight) if self._split.should_split(x, linear.weight) else linear(x)
 
     def _is_skinny(self, x: Tensor) -> bool:
-        return len(x) <= self._skinny.MAX_ROWS and x.shape[1] % 16 == 0
+        """Of few rows, which are the last dimension but one, of partial sums too: those are never of so few."""
+        return x.shape[-2] <= self._skinny.MAX_ROWS and x.shape[-1] % 16 == 0
 
     def norm_linear(self, norm: RMSNorm, linear: Linear, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        if not (self._is_skinny(x) and self._skinny.should_fuse(len(x))):
-            return super().norm_linear(norm, linear, x, residual)
-        return self._skinny.norm_linear(x, residual, norm.weight, norm.eps, linear.weight)
+        if self._is_skinny(x) and self._skinny.should_fuse(len(x)):
+            return self._skinny.norm_linear(x, residual, norm.weight, norm.eps, linear.weight)
+        normed, residual = self.add_norm(norm, x, residual)
+        return self._split_linear(linear, normed), residual
 
     def norm_swiglu(self, norm: RMSNorm, gate_up: Linear, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        if not (self._is_skinny(x) and self._skinny.should_fuse(len(x))):
-            return super().norm_swiglu(norm, gate_up, x, residual)
-        return self._skinny.norm_gate_up(x, residual, norm.weight, norm.eps, gate_up.weight)
+        if self._is_skinny(x) and self._skinny.should_fuse(len(x)):
+            return self._skinny.norm_gate_up(x, residual, norm.weight, norm.eps, gate_up.weight)
+        normed, residual = self.add_norm(norm, x, residual)
+        if self._split.should_split(normed, gate_up.weight):
+            return self._split.split_gate_up(normed, gate_up.weight), residual
+        return self.silu_mul(gate_up(normed)), residual

@@ -20,8 +20,9 @@ triton = pytest.importorskip("triton", reason="the kernels are Triton's", exc_ty
 import triton.language as tl  # noqa: E402
 
 from nanovllm.engine.kv_cache import KVCache  # noqa: E402
+from nanovllm.kernels.partial_sums import add_partial_sums  # noqa: E402
 from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store, qk_norm_rope_store_reference  # noqa: E402
-from nanovllm.kernels.rms_norm import add_partial_sums, add_rms_norm, add_rms_norm_reference  # noqa: E402
+from nanovllm.kernels.rms_norm import add_rms_norm, add_rms_norm_reference  # noqa: E402
 from nanovllm.kernels.silu_mul import silu_mul, silu_mul_reference  # noqa: E402
 from nanovllm.layers.norm import RMSNorm  # noqa: E402
 from nanovllm.layers.rotary import RotaryEmbedding  # noqa: E402
@@ -225,7 +226,7 @@ def interpreted_silu_mul_keeps_extremes() -> None:
 
 
 def pieces_of(x: Tensor, splits: int) -> Tensor:
-    """float32 [splits, *x.shape] whose sum is about x, and which float16 cannot hold: each is rounded late, or wrong."""
+    """float32 [splits, *x.shape] whose sum is about x, and which float16 cannot hold: rounding one early shows."""
     pieces = torch.randn(splits, *x.shape) * 1e5
     pieces[-1] = x.float() - pieces[:-1].sum(0)
     return pieces
