@@ -48,7 +48,8 @@ class LLM:
 
     `startup`: wall-clock seconds of what came before this object was ready, by part: `import_s` (once a process:
     from the begin of `import nanovllm` to the end of this file's imports), `tokenizer_s`, `devices_s` (CUDA contexts),
-    `weights_s`, `kv_pool_s`, `compile_s`, `capture_s`, and `total_s`, which also counts what is none of these.
+    `weights_s`, `kv_pool_s`, `compile_s`, `capture_s`, `reserve_s` (memory of steps), and `total_s`, which also counts
+    what is none of these.
     """
 
     def __init__(self, model: str | os.PathLike[str], **kwargs: Any) -> None:

@@ -24,7 +24,16 @@ logger = logging.getLogger("nanovllm")
 
 CPU_POOL_BYTES = 1 << 30  # at most, for each card in host memory
 ACTIVATION_ROWS = 8  # tensors of the widest layer alive at once in a prefill step, with a margin
-STARTUP_PARTS = ("import_s", "tokenizer_s", "devices_s", "weights_s", "kv_pool_s", "compile_s", "capture_s")
+STARTUP_PARTS = (
+    "import_s",
+    "tokenizer_s",
+    "devices_s",
+    "weights_s",
+    "kv_pool_s",
+    "compile_s",
+    "capture_s",
+    "reserve_s",
+)
 
 
 @contextmanager
@@ -114,6 +123,9 @@ def prepare(runners: list[ModelRunner], config: Config, seconds: dict[str, float
         with timed(seconds, "capture_s"):
             for card, runner in enumerate(runners):
                 capture(runner, card, config)
+    with timed(seconds, "reserve_s"):
+        for runner in runners:
+            runner.reserve(config.max_num_batched_tokens)
 
 
 def capture(runner: ModelRunner, card: int, config: Config) -> None:

@@ -24,7 +24,7 @@ from nanovllm.engine.shards import (
 )
 from nanovllm.engine.slot_state import SlotState, fill_seen, sampling_floats, slot_integers
 from nanovllm.layers.attention import DecodeMetadata, MixedMetadata, PrefillMetadata
-from nanovllm.layers.host import to_device
+from nanovllm.layers.host import reserve_pinned, to_device
 from nanovllm.layers.sampler import SamplingBatch, gather_logprobs, sample
 from nanovllm.layers.seen_tokens import unpack
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
@@ -216,12 +216,28 @@ class ModelRunner:
 
     def warm_up(self) -> None:
         """Compile what prefill launches: few tokens, and many, and every kind of sampler, into the null block."""
-        kinds = SamplingParams(), SamplingParams(top_k=2, top_p=0.5), SamplingParams(repetition_penalty=2.0)
         for number, count in enumerate((1, 2, 4, 8, 16, 32, 64, 96, 128, 256)):  # few rows have kernels of their own
-            count = min(count, self.max_model_len)
-            table = (self.kv_cache.null_block,) * -(-count // self.block_size)
-            rows = (SamplingRow(kinds[number % 3], seed=0, position=0),)
-            self.run_prefill(PrefillShard(0, 0, (PrefillChunk((0,) * count, 0, table, rows * 2),))).wait()
+            self._warm_prefill([min(count, self.max_model_len)], number)
+
+    def reserve(self, max_num_batched_tokens: int) -> None:
+        """Take the memory that the largest steps need, after captures, which give back what torch keeps.
+
+        In mid-service each allocation from the driver would wait until this card, and the other one that can reach its
+        memory, are idle: measured, up to a third of a second.
+        """
+        whole, rest = divmod(max_num_batched_tokens, self.max_model_len)
+        self._warm_prefill([self.max_model_len] * whole + [rest] * bool(rest))
+        self._warm_prefill([1] * min(len(self.slots.params), max_num_batched_tokens))  # the most rows of logits
+        if self.device.type == "cuda":
+            reserve_pinned()
+
+    def _warm_prefill(self, lengths: list[int], kind: int = 0) -> None:
+        """A step of prompts that nobody asked for. From a single one two tokens are drawn, from each of many one."""
+        kinds = SamplingParams(), SamplingParams(top_k=2, top_p=0.5), SamplingParams(repetition_penalty=2.0)
+        rows = (SamplingRow(kinds[kind % 3], seed=0, position=0),) * (2 if len(lengths) == 1 else 1)
+        null = self.kv_cache.null_block
+        chunks = [PrefillChunk((0,) * n, 0, (null,) * -(-n // self.block_size), rows) for n in lengths]
+        self.run_prefill(PrefillShard(0, 0, tuple(chunks))).wait()
 
     @torch.inference_mode()
     def run_copy(self, shard: CopyShard, target: ModelRunner, after: torch.cuda.Event | None) -> CopyHandle:

@@ -46,6 +46,7 @@ triton = pytest.importorskip("triton", reason="captured decode steps hold Triton
 from nanovllm.engine import mixed_graphs  # noqa: E402
 from nanovllm.engine.decode_graphs import DecodeGraphs  # noqa: E402
 from nanovllm.engine.mixed_graphs import MixedGraphs, mixed_sizes  # noqa: E402
+from nanovllm.engine.prefill_graphs import MAX_SEQUENCES  # noqa: E402
 
 VOCABULARY, BLOCK_SIZE, NUM_BLOCKS, NUM_SLOTS, MAX_MODEL_LEN = 97, 4, 160, 7, 64
 BOUND = 1e-5  # of keys, values and log-probabilities: a batch's shape may turn the last bits of a product
@@ -432,9 +433,9 @@ def test_which_steps_are_captured() -> None:
 def test_the_smallest_size_that_holds_a_step() -> None:
     graphs = MixedGraphs.__new__(MixedGraphs)
     graphs._graphs = dict.fromkeys(mixed_sizes(48, 600))  # type: ignore[arg-type]
-    assert graphs.size_for(1, 1, 1) == (256, 16) and graphs.size_for(256, 8, 16) == (256, 16)
+    assert graphs.size_for(1, 1, 1) == (256, 16) and graphs.size_for(256, MAX_SEQUENCES, 16) == (256, 16)
     assert graphs.size_for(257, 1, 17) == (512, 32) and graphs.size_for(600, 1, 48) == (600, 48)
-    assert graphs.size_for(601, 1, 1) is None and graphs.size_for(5, 9, 1) is None
+    assert graphs.size_for(601, 1, 1) is None and graphs.size_for(5, MAX_SEQUENCES + 1, 1) is None
 
 
 # -- through the executors, the books, and on the simulated device

@@ -97,5 +97,5 @@ def test_steps_that_do_not_fit_are_launched_eagerly(graphs: PrefillGraphs) -> No
 @pytest.mark.parametrize("name", SHAPES)
 def test_larger_models_are_launch_bound_at_fewer_tokens(name: str, tmp_path: Path) -> None:
     sizes = token_sizes(load_model_config(write_shape(tmp_path, name)), 16384)
-    assert sizes[-1] == {"0.6b": 4096, "1.7b": 2048, "4b": 1024, "8b": 512, "14b": 256, "32b": 128}[name]
+    assert sizes[-1] == {"0.6b": 8192, "1.7b": 2048, "4b": 1024, "8b": 512, "14b": 256, "32b": 128}[name]
     assert token_sizes(load_model_config(tmp_path), 100) == [64]

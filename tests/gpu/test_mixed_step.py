@@ -221,7 +221,7 @@ def test_the_same_draws_from_the_same_logits() -> None:
 def test_nothing_is_compiled_or_captured_late(tmp_path: Path) -> None:
     """With sizes that no other test has: a kernel that another test has built would not count again."""
     sizes = dict(hidden_size=1408, num_hidden_layers=2, num_attention_heads=40, intermediate_size=3520)
-    config = bench.SHARED | bench.SHAPES["0.6b"]._asdict() | sizes | {"vocab_size": 50_000}
+    config = bench.SHARED | bench.SHAPES["0.6b"]._asdict() | sizes | {"vocab_size": 50_000, "eos_token_id": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = make_model(tmp_path, torch.bfloat16, "dummy")
     with compiles() as early, graph_calls("capture_begin") as captured_early:
