@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PINNED_BLOCKS, LARGEST_PINNED_POWER = 8, 21  # of each size from 512 bytes to 2 MiB
+SMALL_PINNED_BYTES, LARGE_PINNED_BYTES = 64 << 10, 2 << 20
+SMALL_PINNED_BLOCKS, LARGE_PINNED_BLOCKS = 64, 8  # of each size: several steps are in flight, of some ten blocks each
 
 
 def to_device(values: Sequence[Any] | Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -28,9 +29,8 @@ def reserve_pinned() -> None:
 
     From the driver, in mid-service, each new block would wait until the cards are idle.
     """
-    blocks = [
-        torch.empty(1 << power, dtype=torch.uint8, pin_memory=True)
-        for power in range(9, LARGEST_PINNED_POWER + 1)
-        for _ in range(PINNED_BLOCKS)
-    ]
-    del blocks
+    size_bytes, blocks = 512, []
+    while size_bytes <= LARGE_PINNED_BYTES:
+        count = SMALL_PINNED_BLOCKS if size_bytes <= SMALL_PINNED_BYTES else LARGE_PINNED_BLOCKS
+        blocks += [torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(count)]
+        size_bytes *= 2
