@@ -85,6 +85,11 @@ class DecodeGraphs:
         stream = torch.cuda.current_stream()
         return torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local")
 
+    def rehearse(self) -> None:
+        """Launch each graph once, for the null slot: at its first launch the driver takes memory for it."""
+        for graph in (*self._model_graphs.values(), *self._samplers.values()):
+            graph.replay()
+
     def inputs(self, bucket: int) -> tuple[Tensor, Tensor, DecodeMetadata]:
         """(token ids, positions, metadata) of a step of `bucket` rows, those of `set_slots`. Queues one kernel."""
         state, block_size = self.slots, self.kv_cache.block_size

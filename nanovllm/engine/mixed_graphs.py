@@ -54,6 +54,11 @@ class MixedGraphs:
             self._graphs[size] = decode.graph_of(partial(self._run, *size))
         torch.cuda.synchronize(decode.kv_cache.device)
 
+    def rehearse(self) -> None:
+        """As of decode graphs; the prompts are empty."""
+        for graph in self._graphs.values():
+            graph.replay()
+
     def _run(self, num_tokens: int, bucket: int) -> None:
         """Logits of each sequence's last token, then of the rows."""
         decode, buffers = self.decode, self.buffers

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from nanovllm.engine.mixed_graphs import MixedGraphs
 
 
+REHEARSED_TOKENS = (300, 600, 1200, 2400, 4800)  # of prefill steps at start: cuBLAS has other kernels for each
+
+
 class StepHandle:
     """A launched step. `start` and `event`, timing events, mark its begin and end on the card; None on a CPU, where it
     has ended already."""
@@ -220,16 +223,26 @@ class ModelRunner:
             self._warm_prefill([min(count, self.max_model_len)], number)
 
     def reserve(self, max_num_batched_tokens: int) -> None:
-        """Take the memory that the largest steps need, after captures, which give back what torch keeps.
+        """Take the memory that steps need: for the largest of them, for graphs, for the products' many kernels.
 
-        In mid-service each allocation from the driver would wait until this card, and the other one that can reach its
-        memory, are idle: measured, up to a third of a second.
+        After captures, which give back what torch keeps. In mid-service, whatever takes memory from the driver seems
+        to wait until this card, and the other one that can reach its memory, are idle: steps took up to 0.35 s longer.
         """
-        whole, rest = divmod(max_num_batched_tokens, self.max_model_len)
-        self._warm_prefill([self.max_model_len] * whole + [rest] * bool(rest))
+        for count in (max_num_batched_tokens, *REHEARSED_TOKENS):
+            whole, rest = divmod(min(count, max_num_batched_tokens), self.max_model_len)
+            self._warm_prefill([self.max_model_len] * whole + [rest] * bool(rest))
         self._warm_prefill([1] * min(len(self.slots.params), max_num_batched_tokens))  # the most rows of logits
         if self.device.type == "cuda":
             reserve_pinned()
+            self._rehearse_graphs()
+
+    @torch.inference_mode()
+    def _rehearse_graphs(self) -> None:
+        with self._on_card():
+            for graphs in (self.graphs, self.mixed_graphs, self.prefill_graphs):
+                if graphs is not None:
+                    graphs.rehearse()
+        torch.cuda.synchronize(self.device)
 
     def _warm_prefill(self, lengths: list[int], kind: int = 0) -> None:
         """A step of prompts that nobody asked for. From a single one two tokens are drawn, from each of many one."""

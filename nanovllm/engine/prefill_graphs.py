@@ -155,6 +155,11 @@ class PrefillGraphs:
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._logits[size] = self._run(size)
 
+    def rehearse(self) -> None:
+        """As of decode graphs; the prompts are empty."""
+        for graph in self._graphs.values():
+            graph.replay()
+
     def _run(self, size: int) -> Tensor:
         buffers = self.buffers
         tokens_T, positions_T, _ = buffers.tokens_3T[:, :size].unbind(0)

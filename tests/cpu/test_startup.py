@@ -99,3 +99,14 @@ def test_written_shards_are_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
         assert num_bytes <= 20_000 or len(names) == 1
     with make_llm(tmp_path, load_format="auto") as llm:
         assert llm.generate([[1, 2]], use_tqdm=False)[0].finished
+
+
+def test_reserved_steps_are_within_every_limit(tmp_path: Path) -> None:
+    """No step of more tokens or rows than the engine may launch, no chunk longer than a sequence may be."""
+    with make_llm(write_config(tmp_path), max_num_seqs=5) as llm:
+        runner, shards = llm.decode_runner, []
+        run = runner.run_prefill
+        runner.run_prefill = lambda shard: shards.append(shard) or run(shard)  # type: ignore[method-assign]
+        runner.reserve(max_num_batched_tokens=130)
+    assert max(shard.num_tokens for shard in shards) == 130 and max(shard.num_samples for shard in shards) == 5
+    assert all(len(chunk.tokens) <= llm.max_model_len for shard in shards for chunk in shard.chunks)
