@@ -104,6 +104,8 @@ class DecodeBatch:
         stalled = [sequence for sequence in due if not self._grow(sequence)]
         if stalled:
             make_room(stalled)
+            # Room that was made at once must be used at once: if nothing is in flight, nobody looks here again.
+            stalled = [sequence for sequence in stalled if sequence.slot is not None and not self._grow(sequence)]
         entries: list[SlotEntry] = []
         new_blocks: list[NewBlock] = []
         for sequence in due:

@@ -268,3 +268,24 @@ def test_long_steps_are_launched_less_far_ahead(options: dict[str, Any], step_s:
     plan.launch_all(DecodeShard)
     assert len(plan.endable(DecodeShard)) == steps
     plan.drain()
+
+
+# -- memory
+
+
+@pytest.mark.parametrize("roles", ["elastic", "strict"])
+def test_a_small_pool_on_card_0_does_not_keep_card_1_from_being_filled(roles: str) -> None:
+    """Blocks are held on both cards only while a prompt is on its way."""
+    plan = Plan(12, 48, pd_roles=roles, max_num_seqs=12)
+    for _ in range(12):
+        plan.add(13, max_tokens=30)
+    free: list[int] = []
+
+    def full() -> bool:
+        free.append(plan.scheduler.managers[1].num_free_blocks)
+        return free[-1] == 0
+
+    plan.run(PrefillShard, CopyShard, MixedShard, DecodeShard, until=full)
+    assert min(free) == 0
+    plan.drain()
+    assert all(sequence.num_output_tokens == 30 for sequence in plan.sequences)
