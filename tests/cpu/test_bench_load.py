@@ -520,7 +520,7 @@ def test_metrics_count_from_the_arrival_told(llm: LLM) -> None:
     assert 100 < metrics.queue < metrics.ttft < metrics.end_to_end and metrics.inter_token[0] < 100
 
 
-@pytest.mark.parametrize("arrived_s", [math.nan, math.inf, -math.inf, time.perf_counter() + 1e6, True, "now"])
+@pytest.mark.parametrize("arrived_s", [math.nan, math.inf, -math.inf, 1e18, True, "now"])
 def test_impossible_arrivals(llm: LLM, arrived_s: Any) -> None:
     with pytest.raises(ValueError, match="arrived_s"):
         llm.add_request([1, 2, 3], None, arrived_s)
