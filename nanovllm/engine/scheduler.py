@@ -315,7 +315,7 @@ class Scheduler:
         own = self.batches[self.prefill_card]
         if not (own.running or own.ready) or self.evacuated or not self._has_prompts():
             return
-        if self.main_batch.num_living >= self.config.max_num_seqs:
+        if self.main_batch.num_living >= self.config.max_num_seqs or self._num_moving >= MOVES_IN_FLIGHT:
             return
         for sequence in sorted([*own.running, *own.ready], key=lambda sequence: sequence.order):
             if self._num_moving >= MOVES_IN_FLIGHT or not self._hand_off(sequence):

@@ -8,17 +8,24 @@ import pytest
 import torch
 
 from nanovllm.engine.kv_cache import CopyHandle, KVCache
-from tests.two_gpu.test_mirrored_pages import check_everything_happened, differing, make_work, run_checked
+from tests.two_gpu.test_mirrored_pages import (
+    FEWEST_PAIRS,
+    check_everything_happened,
+    differing,
+    make_work,
+    run_checked,
+)
 
 NUM_REQUESTS = 100
 FLIPPED_COPY = 10
 
 
+@pytest.mark.parametrize("roles", ["strict", "elastic"])
 @pytest.mark.parametrize("dtype, overlap", [("float32", True), ("float32", False), ("bfloat16", True)])
-def test_mirrored_pages_are_their_sources(dtype: str, overlap: bool) -> None:
-    outcome = run_checked(make_work(NUM_REQUESTS), device="cpu", dtype=dtype, overlap=overlap)
+def test_mirrored_pages_are_their_sources(dtype: str, overlap: bool, roles: str) -> None:
+    outcome = run_checked(make_work(NUM_REQUESTS), device="cpu", dtype=dtype, overlap=overlap, pd_roles=roles)
     check_everything_happened(outcome)
-    assert outcome.wrong == [] and outcome.num_pairs > 2 * NUM_REQUESTS
+    assert outcome.wrong == [] and outcome.num_pairs > FEWEST_PAIRS[roles] * NUM_REQUESTS
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -61,6 +61,9 @@ class PageCheck:
             return cache.pages[blocks].cpu().flatten(1).view(torch.uint8)
 
 
+FEWEST_PAIRS = {"strict": 2, "elastic": 1}  # a request: with elastic roles card 1 prefills some prompts itself
+
+
 class Outcome(NamedTuple):
     answers: list[list[Answer]]
     num_pairs: int
@@ -98,7 +101,9 @@ def check_everything_happened(outcome: Outcome) -> None:
     """Copies in both directions for every reason, and every block of them compared."""
     stats = outcome.stats
     assert outcome.num_pairs == stats["copied_blocks"], (outcome.num_pairs, stats)
-    assert stats["evacuations"] > 0 and stats["write_backs"] > 0 and outcome.num_aborted > 5, stats
+    # With elastic roles sequences also stay, move and return for other reasons than room, and few are evacuated.
+    moved = stats["evacuations"] or stats["taken_over"] + stats["hand_offs"]
+    assert moved > 0 and stats["write_backs"] > 0 and outcome.num_aborted > 5, stats
     print(
         f"{outcome.num_pairs} blocks in {stats['copies']} copies compared, {len(outcome.wrong)} wrong; "
         f"{stats['evacuations']} evacuations, {stats['write_backs']} write-backs, {outcome.num_aborted} aborted"
@@ -115,13 +120,14 @@ def differing(got: list[list[Answer]], expected: list[list[Answer]]) -> list[int
     ]
 
 
+@pytest.mark.parametrize("roles", ["strict", "elastic"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_mirrored_pages_are_their_sources(dtype: str) -> None:
+def test_mirrored_pages_are_their_sources(dtype: str, roles: str) -> None:
     work = make_work(NUM_REQUESTS)
-    outcome = run_checked(work, device="cuda", dtype=dtype)
+    outcome = run_checked(work, device="cuda", dtype=dtype, pd_roles=roles)
     check_everything_happened(outcome)
     assert outcome.wrong == []
-    assert outcome.num_pairs > 2 * NUM_REQUESTS
+    assert outcome.num_pairs > FEWEST_PAIRS[roles] * NUM_REQUESTS
     if dtype == "float32":
         check_answers(work, outcome.answers)
 

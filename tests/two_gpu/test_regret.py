@@ -48,8 +48,13 @@ def make_prompts(vocab_size: int) -> list[list[int]]:
 
 def test_two_cards_with_evacuations_and_one_card_beside(tmp_path: Path) -> None:
     folder = write_shape(tmp_path, "0.6b")
-    with LLM(folder, enable_two_gpu_pd=True, num_kvcache_blocks=(500, 60), **OPTIONS) as llm:
+    two = dict(enable_two_gpu_pd=True, num_kvcache_blocks=(500, 60)) | OPTIONS
+    with LLM(folder, pd_roles="elastic", **two) as llm:
         prompts = make_prompts(llm.model_config.vocab_size)
+        bent = llm.generate(prompts, GREEDY, use_tqdm=False)
+        check_nothing_left(llm)
+        bent_stats = llm.stats()
+    with LLM(folder, pd_roles="strict", **two) as llm:
         both = llm.generate(prompts, GREEDY, use_tqdm=False)
         check_nothing_left(llm)
         stats = llm.stats()
@@ -57,12 +62,14 @@ def test_two_cards_with_evacuations_and_one_card_beside(tmp_path: Path) -> None:
     with LLM(folder, num_kvcache_blocks=1200, **OPTIONS) as llm:
         one = llm.generate(prompts, GREEDY, use_tqdm=False)
         check_nothing_left(llm)
-    regrets = {"two cards": reference.measure(both), "one card": reference.measure(one)}
+    regrets = {"two cards": reference.measure(both), "elastic": reference.measure(bent)}
+    regrets["one card"] = reference.measure(one)
     same = sum(a.outputs[0].token_ids == b.outputs[0].token_ids for a, b in zip(both, one, strict=True))
     for name, measured in regrets.items():
         print(f"{name}: {measured}")
     print(f"{same} of {len(prompts)} answers are the same; {stats}")
     assert stats["evacuations"] > 0 and stats["copied_blocks"] > 0 and stats["card1"]["decode_tokens"] > 0, stats
-    assert all(len(out.outputs[0].token_ids) == GREEDY.max_tokens for out in (*both, *one))
+    assert bent_stats["card0"]["decode_tokens"] + bent_stats["card0"]["mixed_steps"] > 0, bent_stats
+    assert all(len(out.outputs[0].token_ids) == GREEDY.max_tokens for out in (*both, *bent, *one))
     for measured in regrets.values():
         measured.check(BFLOAT16)
