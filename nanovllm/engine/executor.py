@@ -1,7 +1,7 @@
 """Where shards run. The engine launches shards and polls for completed jobs; it does not know what a card is.
 
 `InlineExecutor` runs each shard at once in the caller's thread: no threads, no run-ahead, the plain twin.
-`ThreadedExecutor` has one worker thread a card and one a copy direction. Tests bring a third one, which does
+`ThreadedExecutor` has one worker a card, and one for the copies that leave it. Tests bring a third one, which does
 everything late and in seeded disorder.
 """
 
@@ -181,24 +181,22 @@ class Worker:
 
 
 class ThreadedExecutor(Executor):
-    """A worker a card, and a worker a copy direction. `notify` is called whenever a job has completed."""
+    """A worker a card, and a worker for the copies that leave it. `notify` is called whenever a job has completed."""
 
     def __init__(self, runners: Mapping[int, Runner], notify: Callable[[], None]) -> None:
         super().__init__()
         self._runners = runners
         self._notify = notify
         self._steps: dict[int, deque[tuple[int, Job]]] = {card: deque() for card in runners}
-        routes = {(src, dst) for src in runners for dst in runners}  # within a card: private tails of n > 1
         launch_step = partial(launch_on, runners)
         self._cards = {card: Worker(f"card{card}", launch_step, self._complete) for card in runners}
-        self._links = {
-            route: Worker("copy{}to{}".format(*route), self._launch_copy, self._complete) for route in routes
-        }
+        # What leaves a card, for the other or (private tails of n > 1) for itself, goes over one stream, in order.
+        self._links = {card: Worker(f"copies{card}", self._launch_copy, self._complete) for card in runners}
 
     def launch(self, shard: Shard) -> None:
         self.num_in_flight += 1
         if isinstance(shard, CopyShard):
-            self._links[shard.src, shard.dst].put(Job(shard, self._source_step(shard)))
+            self._links[shard.src].put(Job(shard, self._source_step(shard)))
             return
         job = Job(shard)
         steps = self._steps[shard.card]

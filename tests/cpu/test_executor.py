@@ -250,7 +250,7 @@ def test_close_ends_the_threads_after_what_they_were_given() -> None:
     before, gate = set(threading.enumerate()), threading.Event()
     executor = ThreadedExecutor({0: FakeRunner(FakeHandle(gate=gate)), 1: FakeRunner()}, lambda: None)
     started = set(threading.enumerate()) - before
-    assert len(started) == 12  # a launching and a collecting one for each of two cards and four routes
+    assert len(started) == 8  # a launching and a collecting one for each of two cards and for what leaves them
     executor.launch(step(1))
     executor.launch(copy(1, 1))
     closing = threading.Thread(target=executor.close, daemon=True)
