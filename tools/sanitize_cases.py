@@ -17,6 +17,7 @@ from nanovllm.kernels.decode_state import advance, gather_inputs
 from nanovllm.kernels.filtered_race import Sizes, filtered_race
 from nanovllm.kernels.paged_decode import paged_decode, paged_decode_reference
 from nanovllm.kernels.paged_prefill import paged_prefill, paged_prefill_reference, store_kv, store_kv_reference
+from nanovllm.kernels.paged_prefill_hopper import paged_prefill_tma
 from nanovllm.kernels.partial_sums import add_partial_sums
 from nanovllm.kernels.penalties import apply_penalties_, count_
 from nanovllm.kernels.push_blocks import push_blocks, push_blocks_reference
@@ -121,7 +122,8 @@ def decode_case(shape: Pages, contexts: Sequence[int], num_splits: int | None, o
     return Case(build, kernel, lambda *args, row_order: paged_decode_reference(*args))
 
 
-def prefill_case(shape: Pages, query_lens: Sequence[int], cached: Sequence[int]) -> Case:
+def prefill_case(shape: Pages, query_lens: Sequence[int], cached: Sequence[int], *, tma: bool = False) -> Case:
+    kernel = paged_prefill_tma if tma else paged_prefill
     contexts = [query + before for query, before in zip(query_lens, cached, strict=True)]
 
     def build(inputs: Inputs, run: Callable[..., Tensor]) -> Sequence[Tensor]:
@@ -130,7 +132,7 @@ def prefill_case(shape: Pages, query_lens: Sequence[int], cached: Sequence[int])
         starts = inputs.numbers(torch.tensor([0, *query_lens]).cumsum(0), torch.int32)
         return [run(q, *pages, tables, starts, inputs.numbers(contexts, torch.int32))]
 
-    return Case(build, partial(paged_prefill, max_query_tokens=max(query_lens)), paged_prefill_reference)
+    return Case(build, partial(kernel, max_query_tokens=max(query_lens)), paged_prefill_reference)
 
 
 def store_case(shape: Pages, tokens: int) -> Case:

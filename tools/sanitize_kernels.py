@@ -85,6 +85,10 @@ CASES: dict[str, tuple[Case, ...]] = {  # by module of nanovllm/kernels
         prefill_case(LARGE_PAGE, (5,), (251,)),
         *(store_case(shape, tokens) for shape in (WIDE, NARROW) for tokens in (1, 17)),
     ),
+    "paged_prefill_hopper": (
+        prefill_case(WIDE, (64, 1, 37), (0, 63, 91), tma=True),
+        prefill_case(WIDE, (40, 0, 17), (0, 0, 175), tma=True),
+    ),
     "decode_state": (gather_case(16), gather_case(64), advance_case(end_id=42), advance_case(end_id=43)),
     "race": (race_case(5000, True), race_case(5000, False), race_case(4096, True)),
     "filtered_race": (

@@ -173,6 +173,36 @@ def test_a_graph_is_right_at_every_length(rows: int, num_splits: int | None) -> 
         check_close(out, paged_decode_reference(*arguments), 8e-3)
 
 
+@pytest.mark.parametrize("page", [16, 64, 128])
+def test_a_prefill_graph_is_right_for_every_batch(page: int) -> None:
+    """Captured on empty sequences; replayed on whole prompts, chunks behind cached prefixes, and padding tokens."""
+    size, sequences = 256, 4
+    case = Case((900,) * sequences, kv_heads=8, head_dim=128, page=page, dtype=torch.bfloat16, query_lens=(64,) * 4)
+    pool = Pool(case, "cuda")
+    q, tables = torch.randn(size, 32, 128, device="cuda").bfloat16(), pool.tables.clone()
+    starts, contexts = torch.zeros(sequences + 1, dtype=torch.int32, device="cuda"), torch.zeros_like(pool.contexts)
+    arguments = q, pool.k_pages, pool.v_pages, tables, starts, contexts
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        paged_prefill(*arguments, size)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = paged_prefill(*arguments, size)
+    for lens, cached in (((256, 0, 0, 0), (0, 0, 0, 0)), ((64, 1, 100, 0), (836, 500, 0, 0)), ((3, 65, 64, 33),) * 2):
+        used = sum(lens)
+        starts.copy_(torch.tensor([0, *lens]).cumsum(0))
+        contexts.copy_(torch.tensor(lens) + torch.tensor(cached))
+        tables.copy_(pool.tables.roll(1, 0))
+        q.normal_()
+        out.fill_(float("nan"))
+        graph.replay()
+        exact = paged_prefill_reference(q[:used], *arguments[1:])
+        check_close(out[:used], exact, 8e-3)
+        assert bool(out[used:].isnan().all()), "rows of no sequence were written"
+
+
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Names of the kernels that were built, or loaded from Triton's cache on disk, since the test began."""
@@ -185,10 +215,12 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield names
 
 
-def test_nothing_compiles_after_warm_up(compiled: list[str]) -> None:
+@pytest.mark.parametrize("head_dim, page", [(64, 32), (128, 64)])
+def test_nothing_compiles_after_warm_up(compiled: list[str], head_dim: int, page: int) -> None:
     """One call of each variant; then odd batches, lengths, table widths and offsets into buffers."""
-    # A page size and group of its own, so that no other test has built these kernels already.
-    pool = Pool(Case((900, 80, 1, 130), group=3, kv_heads=2, head_dim=64, page=32, query_lens=(64, 80, 1, 5)), "cuda")
+    # A group of its own, so that no other test has built these kernels already.
+    lens = {"contexts": (900, 80, 1, 130), "query_lens": (64, 80, 1, 5)}
+    pool = Pool(Case(group=3, kv_heads=2, head_dim=head_dim, page=page, **lens), "cuda")
     meta = pool.prefill_meta()
 
     def launch(first: int, end: int) -> None:
