@@ -56,6 +56,7 @@ class MixedGraphs:
 
     def rehearse(self) -> None:
         """As of decode graphs; the prompts are empty."""
+        self.buffers.clear()
         for graph in self._graphs.values():
             graph.replay()
 

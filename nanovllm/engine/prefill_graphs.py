@@ -110,6 +110,10 @@ class PrefillBuffers:
         """int64 [MAX_SEQUENCES]: each sequence's last token in the batch; for those that are empty, any token."""
         return self.sequences_3S[2, :MAX_SEQUENCES].long()
 
+    def clear(self) -> None:
+        """Queue: no sequences, so that a step of any size may run; those of the last batch need not fit in it."""
+        self.sequences_3S.zero_()
+
     def fill(self, size: int, batch: ChunkBatch) -> None:
         """Queue the copies of a batch, padded to `size` tokens."""
         tokens_3T, query_lens, context_lens, tables_SN = batch
@@ -157,6 +161,7 @@ class PrefillGraphs:
 
     def rehearse(self) -> None:
         """As of decode graphs; the prompts are empty."""
+        self.buffers.clear()
         for graph in self._graphs.values():
             graph.replay()
 

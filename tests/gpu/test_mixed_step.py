@@ -18,6 +18,7 @@ import bench
 from nanovllm import DEMO_MODEL
 from nanovllm.engine.kv_cache import KVCache
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.prefill_graphs import MAX_SEQUENCES
 from nanovllm.engine.shards import MixedShard, PrefillShard, StepResult
 from nanovllm.layers.attention import make_attention_backend
 from nanovllm.models.loader import load_model
@@ -30,13 +31,13 @@ from tests.regret import release_gpu_memory
 
 NUM_SLOTS, NUM_BLOCKS, BLOCK_SIZE, MAX_MODEL_LEN, MAX_TOKENS = 40, 1200, 32, 1024, 512
 # (tokens of prompts, their sequences, decode rows): below, at and above what is captured, which is 256 and 512 tokens
-# of up to 8 sequences with 16, 32 and 40 rows.
+# of up to MAX_SEQUENCES sequences with 16, 32 and 40 rows.
 STEPS = [
     (1, 1, 1),
     (255, 3, 15),
-    (256, 8, 16),
+    (256, MAX_SEQUENCES, 16),
     (257, 1, 17),
-    (300, 9, 5),
+    (300, MAX_SEQUENCES + 1, 5),
     (2, 2, 40),
     (511, 2, 31),
     (512, 4, 32),
@@ -156,7 +157,7 @@ def counted(runner: ModelRunner, shard: MixedShard) -> StepResult:
     graphs, expected = runner.mixed_graphs, int(runner.graphs is not None)
     if graphs is not None:
         size = graphs.size_for(shard.prefill.num_tokens, len(shard.prefill.chunks), len(shard.decode.slots))
-        assert (size is None) == (shard.prefill.num_tokens > MAX_TOKENS or len(shard.prefill.chunks) > 8)
+        assert (size is None) == (shard.prefill.num_tokens > MAX_TOKENS or len(shard.prefill.chunks) > MAX_SEQUENCES)
         expected += size is not None
     assert len(replays) == expected
     return result
