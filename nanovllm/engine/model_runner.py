@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.kv_cache import CopyHandle, KVCache
-from nanovllm.engine.prefill_graphs import ChunkBatch, PrefillGraphs
+from nanovllm.engine.prefill_graphs import MAX_SEQUENCES, ChunkBatch, PrefillGraphs
+from nanovllm.engine.rehearsal import rehearse_products
 from nanovllm.engine.shards import (
     CopyShard,
     DecodeShard,
@@ -33,9 +34,6 @@ from nanovllm.sampling_params import SAMPLER_KINDS, SamplingParams
 if TYPE_CHECKING:
     from nanovllm.engine.decode_graphs import DecodeGraphs
     from nanovllm.engine.mixed_graphs import MixedGraphs
-
-
-REHEARSED_TOKENS = (300, 600, 1200, 2400, 4800)  # of prefill steps at start: cuBLAS has other kernels for each
 
 
 class StepHandle:
@@ -225,20 +223,21 @@ class ModelRunner:
     def reserve(self, max_num_batched_tokens: int) -> None:
         """Take the memory that steps need: for the largest of them, for graphs, for the products' many kernels.
 
-        After captures, which give back what torch keeps. In mid-service, whatever takes memory from the driver seems
-        to wait until this card, and the other one that can reach its memory, are idle: steps took up to 0.35 s longer.
+        After captures, which give back what torch keeps. What takes memory from the driver, or loads a kernel, waits in
+        mid-service until both cards are idle.
         """
-        for count in (max_num_batched_tokens, *REHEARSED_TOKENS):
-            whole, rest = divmod(min(count, max_num_batched_tokens), self.max_model_len)
-            self._warm_prefill([self.max_model_len] * whole + [rest] * bool(rest))
+        whole, rest = divmod(max_num_batched_tokens, self.max_model_len)
+        self._warm_prefill([self.max_model_len] * whole + [rest] * bool(rest))
         self._warm_prefill([1] * min(len(self.slots.params), max_num_batched_tokens))  # the most rows of logits
         if self.device.type == "cuda":
             reserve_pinned()
-            self._rehearse_graphs()
+            self._rehearse(max_num_batched_tokens)
 
     @torch.inference_mode()
-    def _rehearse_graphs(self) -> None:
+    def _rehearse(self, max_num_batched_tokens: int) -> None:
         with self._on_card():
+            num_slots = len(self.slots.params)
+            rehearse_products(self.model, max_num_batched_tokens + num_slots, num_slots + MAX_SEQUENCES)
             for graphs in (self.graphs, self.mixed_graphs, self.prefill_graphs):
                 if graphs is not None:
                     graphs.rehearse()

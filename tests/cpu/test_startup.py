@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 
 from nanovllm.engine.cards import STARTUP_PARTS, timed
+from nanovllm.engine.rehearsal import product_rows, rehearse_products
 from tests.cpu.tiny import make_llm, write_config
 
 SCRIPT = Path(__file__).parents[2] / "tools/bench_startup.py"
@@ -110,3 +112,22 @@ def test_reserved_steps_are_within_every_limit(tmp_path: Path) -> None:
         runner.reserve(max_num_batched_tokens=130)
     assert max(shard.num_tokens for shard in shards) == 130 and max(shard.num_samples for shard in shards) == 5
     assert all(len(chunk.tokens) <= llm.max_model_len for shard in shards for chunk in shard.chunks)
+
+
+@pytest.mark.parametrize("most", [1, 7, 8, 130, 512, 4097, 16_896])
+def test_products_are_rehearsed_up_to_the_largest(most: int) -> None:
+    rows = product_rows(most)
+    assert rows == sorted(set(rows)) and rows[0] == 1 and rows[-1] == most
+    assert all(b - a <= max(8, a // 7) for a, b in zip(rows, rows[1:], strict=False)), "a wide gap between two sizes"
+
+
+def test_every_product_of_a_layer_is_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with make_llm(write_config(tmp_path)) as llm:
+        model, seen = llm.decode_runner.model, set[tuple[int, int]]()
+        linear = torch.nn.functional.linear
+        monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w: seen.add((len(x), id(w))) or linear(x, w))
+        rehearse_products(model, most_tokens=40, most_logits=3)
+    weights = [p for p in model.layers[0].parameters() if p.dim() == 2]
+    assert seen == {(rows, id(w)) for w in weights for rows in product_rows(40)} | {
+        (rows, id(model.lm_head.weight)) for rows in product_rows(3)
+    }
