@@ -1,7 +1,7 @@
 """CUDA graphs of mixed steps: a few hundred tokens of prompts, and decode rows, in one pass over the weights.
 
-A step runs in the smallest captured number of tokens and the smallest of rows that hold it, for models of every size:
-a decode step must not wait for some hundreds of launches. Tokens beyond the step's own belong to no sequence and write
+A step runs in the smallest captured sum of tokens and rows that holds both, for models of every size: a decode step
+must not wait for some hundreds of launches. Tokens beyond the step's own belong to no sequence and write
 their KV to the null block, and so do rows beyond its own. The draws are not part of the graph: those of decode rows are
 `DecodeGraphs`' captured ones, as after a step without prompts.
 
@@ -17,24 +17,8 @@ from torch import Tensor
 
 from nanovllm.engine.decode_graphs import DecodeGraphs
 from nanovllm.engine.prefill_graphs import MAX_SEQUENCES, ChunkBatch, PrefillBuffers
+from nanovllm.engine.step_sizes import captured_sizes
 from nanovllm.layers.attention import MixedMetadata
-
-TOKEN_SIZES = (256, 512, 1024)  # of prompts: larger steps take longer than their launches do
-MIN_BUCKET = 16
-MAX_BUCKETS = 6  # of rows; each is captured with every number of tokens, and that takes time at start-up
-
-
-def mixed_sizes(max_num_seqs: int, max_tokens: int) -> list[tuple[int, int]]:
-    """(tokens of prompts, decode rows) to capture, for steps of at most `max_tokens` and `max_num_seqs`."""
-    most = min(max_tokens, TOKEN_SIZES[-1])
-    tokens = [*(size for size in TOKEN_SIZES if size < most), most]
-    return [(size, bucket) for size in tokens for bucket in mixed_buckets(max_num_seqs)]
-
-
-def mixed_buckets(max_num_seqs: int) -> list[int]:
-    """Numbers of rows, twofold apart, up to exactly `max_num_seqs`."""
-    powers = [MIN_BUCKET << i for i in range(max_num_seqs.bit_length())]
-    return [*(size for size in powers if size < max_num_seqs), max_num_seqs][-MAX_BUCKETS:]
 
 
 class MixedGraphs:
@@ -46,11 +30,11 @@ class MixedGraphs:
 
     def __init__(self, decode: DecodeGraphs, max_tokens: int) -> None:
         self.decode = decode
-        sizes = mixed_sizes(decode.max_num_seqs, max_tokens)
+        sizes = captured_sizes(decode.max_num_seqs, max_tokens)
         largest = max(tokens for tokens, _ in sizes)
         self.buffers = PrefillBuffers(decode.kv_cache, decode.max_context_tokens, largest)
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        for size in sorted(sizes, key=sum, reverse=True):  # largest first: smaller ones fit into its memory
+        for size in reversed(sizes):  # largest first: smaller ones fit into its memory
             self._graphs[size] = decode.graph_of(partial(self._run, *size))
         torch.cuda.synchronize(decode.kv_cache.device)
 
@@ -81,7 +65,8 @@ class MixedGraphs:
         """The captured size that serves such a step; None: launch it eagerly."""
         if num_sequences > MAX_SEQUENCES:
             return None
-        return min((size for size in self._graphs if size[0] >= num_tokens and size[1] >= num_rows), default=None)
+        fitting = (size for size in self._graphs if size[0] >= num_tokens and size[1] >= num_rows)
+        return min(fitting, key=sum, default=None)
 
     def replay(self, size: tuple[int, int], batch: ChunkBatch, slots: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Launch a step; logits [MAX_SEQUENCES, V] of each sequence's last token and [len(slots), V] of the rows, valid

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from nanovllm.engine.shards import DecodeShard, MixedShard, PrefillShard, Shard
+from nanovllm.engine.step_sizes import chunk_sizes
 
-CHUNK_TOKENS = (256, 512, 1024, 2048)  # of a prompt in a decode step: steps of all but the last are captured
 MEASURED_TOKENS = 512  # a prefill step of fewer says little about many
 WEIGHT = 0.2  # of a new measurement in a moving average
 
@@ -14,10 +14,12 @@ WEIGHT = 0.2  # of a new measurement in a moving average
 class Pace:
     """Moving averages of device seconds. Before the first measurement a chunk is the smallest.
 
-    `itl_slo_ms`: what a step with a chunk may take; None: twice what it takes without.
+    `max_num_seqs`: the most decode rows of a card. `itl_slo_ms`: what a step with a chunk may take; None: twice what it
+    takes without.
     """
 
-    def __init__(self, num_cards: int, itl_slo_ms: float | None) -> None:
+    def __init__(self, num_cards: int, max_num_seqs: int, itl_slo_ms: float | None) -> None:
+        self._max_num_seqs = max_num_seqs
         self._slo_s = None if itl_slo_ms is None else itl_slo_ms / 1e3
         self.decode_s = [0.0] * num_cards  # a step without prompts, as the batch is now
         self.token_s = 0.0  # of a prompt, in a step of many
@@ -35,14 +37,15 @@ class Pace:
             alone_s = max(0.0, seconds - shard.prefill.num_tokens * self.token_s)
             self.decode_s[shard.card] = _average(self.decode_s[shard.card], alone_s)
 
-    def chunk_tokens(self, card: int) -> int:
-        """Prompt tokens that the next decode step of `card` has room for: one of CHUNK_TOKENS, or 0 beyond the SLO."""
-        decode_s, smallest = self.decode_s[card], CHUNK_TOKENS[0]
+    def chunk_tokens(self, card: int, num_rows: int) -> int:
+        """Prompt tokens that the next step of `card` has room for beside so many rows: one of `chunk_sizes`, or 0
+        beyond the SLO."""
+        decode_s, sizes = self.decode_s[card], chunk_sizes(num_rows, self._max_num_seqs)
         if not (decode_s and self.token_s):
-            return smallest
+            return sizes[0]
         room_s = decode_s if self._slo_s is None else self._slo_s - decode_s
-        fitting = [size for size in CHUNK_TOKENS if size * self.token_s <= room_s]
-        return max(fitting, default=smallest if self._slo_s is None else 0)
+        fitting = [size for size in sizes if size * self.token_s <= room_s]
+        return max(fitting, default=sizes[0] if self._slo_s is None else 0)
 
     def seconds_of(self, num_tokens: int) -> float:
         """What a card takes for so many prompt tokens; infinite as long as none was measured."""

@@ -1,7 +1,7 @@
 """Matrix products of every size at start-up, so that no step is the first to use a kernel of cuBLAS.
 
-cuBLAS chooses a kernel by a product's number of rows, and CUDA loads a kernel when it is first used. In mid-service that
-waits until this card, and the other one that can reach its memory, have drained: a step took up to 0.35 s longer.
+cuBLAS chooses a kernel by a product's number of rows, and CUDA loads a kernel when it is first used. In mid-service
+that waits until this card, and the other one that can reach its memory, have drained: steps took up to 0.35 s longer.
 """
 
 from __future__ import annotations

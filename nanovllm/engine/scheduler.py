@@ -69,7 +69,7 @@ class Scheduler:
         }
         self.handoff = Handoff(self.managers, self.prefill_card, self.decode_card, config.enable_prefix_caching)
         decoding = self.managers if self.elastic else (self.decode_card,)
-        self.pace = Pace(len(num_blocks), config.itl_slo_ms)
+        self.pace = Pace(len(num_blocks), config.max_num_seqs, config.itl_slo_ms)
         self.batches = {card: DecodeBatch(card, self.managers[card], config, self.pace) for card in decoding}
         self.waiting: list[tuple[tuple[int, int], PrefillGroup]] = []  # heap by arrival
         self.num_waiting_tokens = 0
@@ -157,7 +157,7 @@ class Scheduler:
             return 0  # a chunk travels with the rows
         if self.elastic:
             alone = PREFILL_TOKENS if card == self.prefill_card else HELP_ALONE_TOKENS
-            return min(most, self.pace.chunk_tokens(card) if rows else alone)
+            return min(most, self.pace.chunk_tokens(card, rows) if rows else alone)
         return most if card != self.decode_card else max(1, most - rows)
 
     def _prefill_candidates(self, card: int) -> Iterator[PrefillGroup]:

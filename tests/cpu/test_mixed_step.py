@@ -43,10 +43,11 @@ from tests.sim.simulated_device import CorruptKV, SimulatedExecutor, expected_to
 
 triton = pytest.importorskip("triton", reason="captured decode steps hold Triton kernels", exc_type=ImportError)
 
-from nanovllm.engine import mixed_graphs  # noqa: E402
+from nanovllm.engine import step_sizes  # noqa: E402
 from nanovllm.engine.decode_graphs import DecodeGraphs  # noqa: E402
-from nanovllm.engine.mixed_graphs import MixedGraphs, mixed_sizes  # noqa: E402
+from nanovllm.engine.mixed_graphs import MixedGraphs  # noqa: E402
 from nanovllm.engine.prefill_graphs import MAX_SEQUENCES  # noqa: E402
+from nanovllm.engine.step_sizes import captured_sizes  # noqa: E402
 
 VOCABULARY, BLOCK_SIZE, NUM_BLOCKS, NUM_SLOTS, MAX_MODEL_LEN = 97, 4, 160, 7, 64
 BOUND = 1e-5  # of keys, values and log-probabilities: a batch's shape may turn the last bits of a product
@@ -280,8 +281,9 @@ def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(mixed_graphs, "TOKEN_SIZES", (8, 16))
-    monkeypatch.setattr(mixed_graphs, "MIN_BUCKET", 2)
+    monkeypatch.setattr(step_sizes, "STEP_TOKENS", (10, 18, 30))
+    monkeypatch.setattr(step_sizes, "MIN_CHUNK_TOKENS", 4)
+    monkeypatch.setattr(step_sizes, "MIN_BUCKET", 2)
 
 
 def make_runner(model: Qwen3ForCausalLM, num_slots: int = NUM_SLOTS, num_blocks: int = NUM_BLOCKS) -> ModelRunner:
@@ -418,23 +420,11 @@ def test_rows_of_an_earlier_larger_step_do_not_run_again(model: Qwen3ForCausalLM
         assert moved == [int(slot in {item.slot for item in few[:count]}) for slot in range(NUM_SLOTS + 1)]
 
 
-def test_which_steps_are_captured() -> None:
-    assert mixed_sizes(512, 16384)[0] == (256, 16) and mixed_sizes(512, 16384)[-1] == (1024, 512)
-    assert mixed_sizes(4, 100) == [(100, 4)]
-    assert mixed_sizes(48, 300) == [(256, 16), (256, 32), (256, 48), (300, 16), (300, 32), (300, 48)]
-    for max_num_seqs in (1, 15, 16, 17, 100, 512, 513, 1024, 65536):
-        for max_tokens in (1, 255, 256, 257, 1024, 1025, 16384):
-            sizes = mixed_sizes(max_num_seqs, max_tokens)
-            assert len(set(sizes)) == len(sizes) <= 18
-            assert max(rows for _, rows in sizes) == max_num_seqs
-            assert max(tokens for tokens, _ in sizes) == min(max_tokens, 1024)
-
-
 def test_the_smallest_size_that_holds_a_step() -> None:
     graphs = MixedGraphs.__new__(MixedGraphs)
-    graphs._graphs = dict.fromkeys(mixed_sizes(48, 600))  # type: ignore[arg-type]
-    assert graphs.size_for(1, 1, 1) == (256, 16) and graphs.size_for(256, MAX_SEQUENCES, 16) == (256, 16)
-    assert graphs.size_for(257, 1, 17) == (512, 32) and graphs.size_for(600, 1, 48) == (600, 48)
+    graphs._graphs = dict.fromkeys(captured_sizes(48, 600))  # type: ignore[arg-type]
+    assert graphs.size_for(1, 1, 1) == (208, 48) and graphs.size_for(209, MAX_SEQUENCES, 16) == (224, 32)
+    assert graphs.size_for(225, 1, 17) == (464, 48) and graphs.size_for(600, 1, 48) == (600, 48)
     assert graphs.size_for(601, 1, 1) is None and graphs.size_for(5, MAX_SEQUENCES + 1, 1) is None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nanovllm.engine import scheduler as scheduling
-from nanovllm.engine.pace import CHUNK_TOKENS, Pace
+from nanovllm.engine.pace import Pace
 from nanovllm.engine.request_states import State
 from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillShard, Shard
 from tests.cpu.test_scheduler import Plan
@@ -81,7 +81,7 @@ def test_the_decode_card_takes_a_prompt_only_when_prompts_queue() -> None:
 
 def test_a_helped_prompt_travels_with_the_rows_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = elastic(100, 100, max_num_batched_tokens=8)
-    monkeypatch.setattr(plan.scheduler.pace, "chunk_tokens", lambda card: 3)
+    monkeypatch.setattr(plan.scheduler.pace, "chunk_tokens", lambda card, num_rows: 3)
     plan.add(6)
     plan.fill()
     for _ in range(3):
@@ -224,24 +224,25 @@ def test_finish_while_sequences_move_either_way(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_chunk_takes_as_long_as_the_step_it_travels_with() -> None:
-    pace = Pace(2, itl_slo_ms=None)
-    assert pace.chunk_tokens(1) == CHUNK_TOKENS[0]  # nothing measured yet
+    pace = Pace(2, 512, itl_slo_ms=None)
+    assert pace.chunk_tokens(1, 64) == 192  # nothing measured yet
     pace.record(PrefillShard(0, 1, (_chunk(1000),)), 0.02)  # 20 µs a token
-    for decode_s, tokens in ((0.004, 256), (0.0104, 512), (0.02, 512), (0.0205, 1024), (1.0, 2048)):
+    for decode_s, tokens in ((0.003, 192), (0.0089, 192), (0.009, 448), (0.0195, 960), (1.0, 1984)):
         pace.decode_s[1] = decode_s
-        assert pace.chunk_tokens(1) == tokens, decode_s
+        assert pace.chunk_tokens(1, 64) == tokens, decode_s
+        assert pace.chunk_tokens(1, 33) == tokens, "padded to the same rows"
 
 
 def test_a_chunk_keeps_to_the_slo() -> None:
-    pace = Pace(2, itl_slo_ms=20.0)
+    pace = Pace(2, 512, itl_slo_ms=20.0)
     pace.record(PrefillShard(0, 1, (_chunk(1000),)), 0.02)
-    for decode_s, tokens in ((0.005, 512), (0.0148, 256), (0.016, 0), (0.03, 0)):
+    for decode_s, tokens in ((0.005, 448), (0.0148, 192), (0.0163, 0), (0.03, 0)):
         pace.decode_s[1] = decode_s
-        assert pace.chunk_tokens(1) == tokens, decode_s
+        assert pace.chunk_tokens(1, 64) == tokens, decode_s
 
 
 def test_a_mixed_step_tells_what_decoding_alone_would_take() -> None:
-    pace = Pace(2, itl_slo_ms=None)
+    pace = Pace(2, 512, itl_slo_ms=None)
     pace.record(PrefillShard(0, 1, (_chunk(1000),)), 0.02)
     decode = DecodeShard(1, 1, (0,), 8)
     pace.record(decode, 0.01)

@@ -30,20 +30,20 @@ from tests.cpu.test_mixed_step import Item, Plan, any_params, largest_error, mix
 from tests.regret import release_gpu_memory
 
 NUM_SLOTS, NUM_BLOCKS, BLOCK_SIZE, MAX_MODEL_LEN, MAX_TOKENS = 40, 1200, 32, 1024, 512
-# (tokens of prompts, their sequences, decode rows): below, at and above what is captured, which is 256 and 512 tokens
-# of up to MAX_SEQUENCES sequences with 16, 32 and 40 rows.
+# (tokens of prompts, their sequences, decode rows): below, at and above what is captured, which is sums of 256 and 512,
+# and 512 tokens, of up to MAX_SEQUENCES sequences, with 16, 32 and 40 rows.
 STEPS = [
     (1, 1, 1),
-    (255, 3, 15),
-    (256, MAX_SEQUENCES, 16),
-    (257, 1, 17),
+    (239, 3, 15),
+    (240, MAX_SEQUENCES, 16),
+    (241, 1, 17),
     (300, MAX_SEQUENCES + 1, 5),
     (2, 2, 40),
-    (511, 2, 31),
-    (512, 4, 32),
+    (480, 2, 31),
+    (481, 4, 32),
     (513, 1, 33),
     (7, 5, 3),
-    (64, 1, 39),
+    (216, 1, 39),
     (512, 8, 40),
     (5, 1, 2),
 ]
@@ -233,5 +233,5 @@ def test_nothing_is_compiled_or_captured_late(tmp_path: Path) -> None:
         for num_tokens, num_sequences, num_rows in STEPS:
             chunks, rows = chunks_of(plan, num_tokens, num_sequences), plan.rng.sample(plan.decoding, num_rows)
             plan.take(chunks, rows, [counted(runner, plan.shard(chunks, rows))])
-    assert early and len(captured_early) == 4 * 8 + 2 * 3, (len(early), len(captured_early))
+    assert early and len(captured_early) == 4 * 8 + 3 * 3, (len(early), len(captured_early))
     assert late == [] and captured == []

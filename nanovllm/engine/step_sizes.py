@@ -1,0 +1,37 @@
+"""Sizes of mixed steps: how many prompt tokens travel with how many decode rows. Imports no torch.
+
+What a product costs follows its rows in tiles of 128 and more. So it is the sum of tokens and rows that is a round
+number, and the rows are those of the captured bucket, padding included.
+"""
+
+from __future__ import annotations
+
+STEP_TOKENS = (256, 512, 1024, 2048)  # prompts' tokens and decode rows; all but the last are captured
+MIN_CHUNK_TOKENS = 64
+MIN_BUCKET = 16
+MAX_BUCKETS = 6  # of rows; each is captured with up to three numbers of tokens, and that takes time at start-up
+
+
+def row_buckets(max_num_seqs: int) -> list[int]:
+    """Numbers of decode rows, twofold apart, up to exactly `max_num_seqs`."""
+    powers = [MIN_BUCKET << i for i in range(max_num_seqs.bit_length())]
+    return [*(size for size in powers if size < max_num_seqs), max_num_seqs][-MAX_BUCKETS:]
+
+
+def chunk_sizes(num_rows: int, max_num_seqs: int) -> list[int]:
+    """Numbers of prompt tokens that fill a step of so many decode rows, ascending."""
+    bucket = next(size for size in row_buckets(max_num_seqs) if size >= num_rows)
+    return [total - bucket for total in _totals(bucket)]
+
+
+def captured_sizes(max_num_seqs: int, max_tokens: int) -> list[tuple[int, int]]:
+    """(prompt tokens, decode rows) to capture, for steps of at most `max_tokens` and `max_num_seqs`, ascending."""
+    sizes = {(min(t - b, max_tokens), b) for b in row_buckets(max_num_seqs) for t in _totals(b)[:-1]}
+    return sorted(sizes, key=lambda size: (sum(size), size))
+
+
+def _totals(bucket: int) -> list[int]:
+    """STEP_TOKENS that leave room for a chunk; behind a bucket that fills them all, its multiples."""
+    if bucket + MIN_CHUNK_TOKENS > STEP_TOKENS[-2]:
+        return [bucket + STEP_TOKENS[0], bucket + STEP_TOKENS[-1]]
+    return [total for total in STEP_TOKENS if total >= bucket + MIN_CHUNK_TOKENS]
