@@ -9,12 +9,14 @@ the card that decodes it, what would be a copy to another card is nothing, or a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanovllm.engine.block_manager import BlockHash, BlockManager
 from nanovllm.engine.sequence import PrefillGroup, Sequence
 from nanovllm.engine.sequence_lease import SequenceLease, drop_copy, hold_copy
 from nanovllm.engine.shards import CopyShard
+
+MERGED_BLOCKS = 32  # of copies that travel together: below 1 ms of the link, and each costs the host as much as a step
 
 
 @dataclass(slots=True)
@@ -48,7 +50,18 @@ class Handoff:
         return leaving + self.managers[card].num_retired_blocks
 
     def drain_outbox(self) -> list[CopyShard]:
-        shards, self.outbox = self.outbox, []
+        """The copies asked for since the last call; those between two cards, behind the same step, travel together."""
+        shards: list[CopyShard] = []
+        last: dict[tuple[int, int, int], int] = {}  # where in `shards` one of each kind may still grow
+        for shard in self.outbox:
+            kind = shard.src, shard.dst, shard.after_step
+            at = last.get(kind)
+            if at is not None and len(shards[at].block_pairs) + len(shard.block_pairs) <= MERGED_BLOCKS:
+                shards[at] = _joined(shards[at], shard)
+            else:
+                last |= {kind: len(shards)} if shard.src != shard.dst else {}
+                shards.append(shard)
+        self.outbox = []
         return shards
 
     # -- the verb
@@ -72,12 +85,13 @@ class Handoff:
         self.outbox.append(shard)
 
     def copy_done(self, shard: CopyShard) -> None:
-        """A copy has drained: its targets count as resident, and it owns nothing any more."""
-        copy = self.pending.pop(shard.copy)
-        versions = tuple(self.managers[shard.dst].version(target) for _, target in shard.block_pairs)
-        assert versions == copy.target_versions, f"copy {shard.copy}: a target block changed hands in flight"
-        copy.done()
-        drop_copy(self.managers, shard)
+        """Copies have drained: their targets count as resident, and they own nothing any more."""
+        for number in (shard.copy, *shard.also):
+            copy = self.pending.pop(number)
+            versions = tuple(self.managers[shard.dst].version(target) for _, target in copy.shard.block_pairs)
+            assert versions == copy.target_versions, f"copy {number}: a target block changed hands in flight"
+            copy.done()
+            drop_copy(self.managers, copy.shard)
 
     # -- prefill: both cards' blocks, then mirroring chunk by chunk
 
@@ -276,3 +290,8 @@ class Handoff:
         assert lease is not None
         for block, block_hash in zip(lease.tables[card], self._hashes(sequence, num_blocks), strict=False):
             self.managers[card].register(block, block_hash)
+
+
+def _joined(first: CopyShard, other: CopyShard) -> CopyShard:
+    pairs, also = first.block_pairs + other.block_pairs, (*first.also, other.copy, *other.also)
+    return replace(first, block_pairs=pairs, also=also)

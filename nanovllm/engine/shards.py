@@ -102,13 +102,17 @@ class MixedShard:
 
 @dataclass(frozen=True, slots=True)
 class CopyShard:
-    """Whole blocks from card `src` to card `dst` (which may be the same), not before `after_step` of `src` ended."""
+    """Whole blocks from card `src` to card `dst` (which may be the same), not before `after_step` of `src` ended.
+
+    `also`: the numbers of further copies that travel with it; `block_pairs` holds theirs too.
+    """
 
     copy: int
     src: int
     dst: int
     block_pairs: tuple[tuple[int, int], ...]
     after_step: int
+    also: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

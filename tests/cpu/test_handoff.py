@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from nanovllm.engine import handoff as handing_off
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.handoff import Handoff
 from nanovllm.engine.request_states import State
@@ -200,6 +201,40 @@ def test_copies_own_their_blocks_until_they_have_drained() -> None:
     assert cards.free() == [5, 5]
     cards.handoff.copy_done(shard)
     assert cards.free() == [8, 8]
+
+
+def mirrored(cards: Cards, num_tokens: int, after_step: int, done: list[int]) -> PrefillGroup:
+    group = cards.group(tokens_of(num_tokens, start=1 + 1000 * len(cards.handoff.pending)))
+    assert cards.admit(group, 0)
+    group.num_launched_tokens = num_tokens
+    cards.handoff.mirror(group, after_step, lambda: done.append(num_tokens))
+    return group
+
+
+def test_copies_behind_the_same_step_travel_together() -> None:
+    """Each still ends on its own: its callback runs, and its blocks are free again."""
+    cards, done = Cards(80, 80), list[int]()
+    groups = [mirrored(cards, 4 * blocks, after_step, done) for blocks, after_step in ((2, 1), (3, 1), (1, 2), (4, 1))]
+    shards = cards.handoff.drain_outbox()
+    assert [(shard.copy, shard.also, shard.after_step) for shard in shards] == [(1, (2, 4), 1), (3, (), 2)]
+    tables = [[group.leader.lease.tables[card] for card in (0, 1)] for group in groups]
+    expected = [pair for index in (0, 1, 3) for pair in zip(*tables[index], strict=False)]
+    assert list(shards[0].block_pairs) == expected
+    cards.handoff.copy_done(shards[0])
+    assert done == [8, 12, 16] and set(cards.handoff.pending) == {3}
+    cards.handoff.copy_done(shards[1])
+    for group in groups:
+        release(group)
+    assert cards.free() == [80, 80] and done == [8, 12, 16, 4]
+
+
+def test_not_too_much_travels_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would make the first wait too long begins another; of that, the next may be a part."""
+    monkeypatch.setattr(handing_off, "MERGED_BLOCKS", 5)
+    cards = Cards(80, 80)
+    for blocks in (3, 2, 1, 9, 1, 4):
+        mirrored(cards, 4 * blocks, 1, [])
+    assert [(shard.copy, *shard.also) for shard in cards.handoff.drain_outbox()] == [(1, 2), (3,), (4,), (5, 6)]
 
 
 def test_a_target_that_changed_hands_in_flight_is_noticed() -> None:
