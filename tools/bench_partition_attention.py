@@ -45,15 +45,15 @@ Run = Callable[..., Any]  # of q, k_pages, v_pages, block_tables, context_lens, 
 
 
 def variants() -> dict[str, Run]:
-    shares = [(32, 1, 4, 4), (32, 1, 3, 6), (32, 1, 4, 3), (16, 1, 7, 4), (32, 2, 4, 4), (64, 2, 3, 3), (64, 4, 3, 3)]
-    shares += [(64, 2, 4, 2), (64, 4, 4, 2)]
+    shares = [(32, 1, 4, 4), (32, 1, 3, 6), (32, 1, 3, 5), (32, 1, 5, 3), (16, 1, 7, 4), (32, 2, 4, 4), (64, 2, 3, 3)]
+    shares += [(64, 4, 3, 3), (64, 2, 4, 2), (64, 4, 4, 2)]
     return {
         "stream": read_stream,
         "paged_decode": paged_decode,
         "paged_decode (64, 2, 2)": partial(paged_decode, tiles=DecodeTiles(64, 2, 2)),
-        **{f"shares {each}": partial(paged_decode_tma, tiles=ShareTiles(*each)) for each in shares},
         f"shares {shares[0]} no pdl": partial(paged_decode_tma, tiles=ShareTiles(*shares[0]), pdl=False),
-        **{f"tiles {each}": partial(read_tiles, tiles=ShareTiles(*each)) for each in (shares[0], shares[5])},
+        **{f"shares {each}": partial(paged_decode_tma, tiles=ShareTiles(*each)) for each in shares},
+        **{f"tiles {each}": partial(read_tiles, tiles=ShareTiles(*each)) for each in (shares[0], shares[6])},
     }
 
 

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from nanovllm.kernels.launch import has_pdl, wait_for_predecessor
 from nanovllm.kernels.paged_decode import (
-    MIN_DOT_ROWS,
     MIN_SPLIT_TOKENS,
     check_pages,
     check_tables,
@@ -33,7 +32,8 @@ from nanovllm.kernels.paged_decode import (
 )
 from nanovllm.kernels.paged_prefill_hopper import HEAD_DIM, page_descriptor
 
-PLANNED_ROWS = tl.constexpr(1024)  # contexts that a program sums up at once
+PLANNED_ROWS = tl.constexpr(256)  # contexts that a program sums up at once
+MIN_DOT_HEADS = 8  # columns of the tensor cores' product
 COMBINED_PARTS = 16
 
 
@@ -89,15 +89,6 @@ def _find_share(
     return begin, end, total, used, tl.minimum(row, num_rows - 1), begin - row_begin
 
 
-@triton.jit
-def _first_rows(x: tl.tensor, HEADS: tl.constexpr) -> tl.tensor:
-    """The first HEADS rows of x, which has as many or twice as many. In place: a thread of the product holds both."""
-    if x.shape[0] == HEADS:
-        return x
-    else:
-        return tl.sum(tl.where(tl.arange(0, 2)[:, None, None] == 0, x.reshape(2, HEADS, x.shape[1]), 0.0), 0)
-
-
 @triton.jit(
     do_not_specialize=["num_rows", "q_row_heads", "table_row_blocks", "min_tiles"],
     do_not_specialize_on_alignment=["tables_ptr", "context_lens_ptr"],
@@ -119,7 +110,6 @@ def _share_kernel(
     min_tiles: tl.tensor,
     K: tl.constexpr,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
@@ -133,12 +123,9 @@ def _share_kernel(
     kv_head, share, num_shares = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     wait_for_predecessor(PDL)
     begin, end, total, used, row, in_row = _find_share(context_lens_ptr, num_rows, share, num_shares, min_tiles, TILE)
-    heads, dims, columns = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM), tl.arange(0, TILE)
-    real = (heads < GROUP)[:, None]
-    heads += kv_head * GROUP
-    kept = tl.arange(0, HEADS)
-    real_kept = (kept < GROUP)[:, None]
-    kept += kv_head * GROUP
+    heads, dims, places = tl.arange(0, HEADS), tl.arange(0, HEAD_DIM), tl.arange(0, TILE)
+    real = heads < GROUP
+    offsets = heads[:, None] * HEAD_DIM + dims
     column = kv_head * HEAD_DIM
     last_row = num_rows - 1
     context = tl.load(context_lens_ptr + row)
@@ -146,44 +133,45 @@ def _share_kernel(
     token = in_row * TILE
     block_ptr = tables_ptr + row.to(tl.int64) * table_row_blocks + token // PAGE
     block = tl.load(block_ptr, mask=token < context, other=0)
-    q_rows = row.to(tl.int64) * q_row_heads + heads
-    q = tl.load(q_ptr + q_rows[:, None] * HEAD_DIM + dims, mask=real, other=0.0)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    sums = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    first_head = row.to(tl.int64) * q_row_heads + kv_head * GROUP
+    q = tl.load(q_ptr + first_head * HEAD_DIM + offsets, mask=real[:, None], other=0.0)
+    top = tl.full([HEADS], float("-inf"), tl.float32)
+    sums = tl.zeros([HEADS], tl.float32)
+    acc = tl.zeros([HEAD_DIM, HEADS], tl.float32)
     for tile in tl.range(begin, end, num_stages=STAGES):
         shift = tl.maximum(in_row * TILE + TILE - context, 0)
         token = in_row * TILE % PAGE - shift
         k = k_desc.load([block, token, column]).reshape(TILE, HEAD_DIM)
         v = v_desc.load([block, token, column]).reshape(TILE, HEAD_DIM)
-        scores = tl.dot(q, k.T) * scale_log2
-        scores = tl.where((columns >= shift)[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
+        # Tokens and dims are the products' rows: as columns, 8 heads suffice, and half the arithmetic.
+        scores = tl.dot(k, q.T, input_precision="tf32x3") * scale_log2
+        scores = tl.where((places >= shift)[:, None], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 0))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row without context has seen nothing
-        p = tl.exp2(scores - base[:, None])
+        p = tl.exp2(scores - base)
         alpha = tl.exp2(top - base)
-        sums = sums * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None])
+        sums = sums * alpha + tl.sum(p, 0)
+        acc = tl.dot(v.T, p.to(v.dtype), acc * alpha, input_precision="tf32x3")
         top = new_top
 
         ends_row = in_row + 1 == _count_tiles(context, TILE)
         if ends_row | (tile + 1 == end):
-            result = _first_rows(acc / tl.where(sums > 0, sums, 1.0)[:, None], HEADS)
+            result = (acc / tl.where(sums > 0, sums, 1.0)).T
             begins_here = tile - in_row >= begin
             if ends_row & begins_here:
-                out_rows = row.to(tl.int64) * (K * GROUP) + kept
-                out_ptrs = out_ptr + out_rows[:, None] * HEAD_DIM + dims
-                tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=real_kept)
+                first_head = row.to(tl.int64) * (K * GROUP) + kv_head * GROUP
+                out_ptrs = out_ptr + first_head * HEAD_DIM + offsets
+                tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=real[:, None])
             else:
-                part_rows = (share * 2 + begins_here.to(tl.int32)) * (K * GROUP)
-                tl.store(parts_ptr + (part_rows + kept)[:, None] * HEAD_DIM + dims, result, mask=real_kept)
-                tl.store(lse_ptr + (part_rows + heads)[:, None], (top + tl.log2(sums))[:, None], mask=real)
-            next_rows = tl.minimum(row + 1, last_row).to(tl.int64) * q_row_heads + heads
-            q = tl.load(q_ptr + next_rows[:, None] * HEAD_DIM + dims, mask=real, other=0.0)
+                first_head = (share * 2 + begins_here).to(tl.int64) * (K * GROUP) + kv_head * GROUP
+                tl.store(parts_ptr + first_head * HEAD_DIM + offsets, result, mask=real[:, None])
+                tl.store(lse_ptr + first_head + heads, top + tl.log2(sums), mask=real)
+            first_head = tl.minimum(row + 1, last_row).to(tl.int64) * q_row_heads + kv_head * GROUP
+            q = tl.load(q_ptr + first_head * HEAD_DIM + offsets, mask=real[:, None], other=0.0)
             # Set, not scaled by 0: a row of NaN must not spoil the next.
-            top = tl.full([ROWS], float("-inf"), tl.float32)
-            sums = tl.zeros([ROWS], tl.float32)
-            acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+            top = tl.full([HEADS], float("-inf"), tl.float32)
+            sums = tl.zeros([HEADS], tl.float32)
+            acc = tl.zeros([HEAD_DIM, HEADS], tl.float32)
         row += ends_row.to(tl.int32)
         in_row = tl.where(ends_row, 0, in_row + 1)
         context = tl.where(ends_row, next_context, context)
@@ -236,8 +224,8 @@ def _join_kernel(
 
 
 def pages_fit_decode_boxes(k_pages: Tensor, tiles: ShareTiles | None = None) -> bool:
-    """Whether `paged_decode_tma` takes such pages [blocks, page_tokens, K, D]: 16-bit, D = 128, as many tokens as a tile
-    or more, and a page's tokens and heads side by side."""
+    """Whether `paged_decode_tma` takes such pages [blocks, page_tokens, K, D]: 16-bit, D = 128, a tile of tokens or
+    more, and a page's tokens and heads side by side."""
     _, page_tokens, num_kv_heads, head_dim = k_pages.shape
     if k_pages.stride()[1:] != (num_kv_heads * head_dim, head_dim, 1):
         return False
@@ -297,8 +285,7 @@ def paged_decode_tma(
             max(1, MIN_SPLIT_TOKENS // tiles.tile_tokens),
             K=num_kv_heads,
             GROUP=group,
-            ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)),
-            HEADS=max(MIN_DOT_ROWS // 2, triton.next_power_of_2(group)),
+            HEADS=max(MIN_DOT_HEADS, triton.next_power_of_2(group)),
             HEAD_DIM=head_dim,
             PAGE=page_tokens,
             TILE=tiles.tile_tokens,

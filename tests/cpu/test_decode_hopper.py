@@ -32,6 +32,11 @@ CASES = {
     "one share, nothing cut": (Case((40, 17, 0), kv_heads=2, head_dim=32, page=32, group=2), SMALL, 2),
     "a row over all of 9 shares": (Case((1500,), kv_heads=1, head_dim=32, group=5, page=64), SMALL, 9),
     "no context at all": (Case((0, 0), kv_heads=1, head_dim=32, group=8), SMALL, 3),
+    "more rows than are summed up at once": (
+        Case((3, 0, 40) * 90 + (100,), kv_heads=1, head_dim=16, group=2),
+        SMALL,
+        7,
+    ),
     "group 20": (Case((70, 300), kv_heads=1, head_dim=32, group=20), SMALL, 3),
     "float32, its own tiles": (
         Case((131, 5, 257), group=4, kv_heads=2, head_dim=128, page=64, dtype=torch.float32),
@@ -57,6 +62,72 @@ def results() -> dict[str, str | None]:
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernel_matches_float64(name: str, results: dict[str, str | None]) -> None:
     assert results[name] is None, f"in the interpreter:\n{results[name]}"
+
+
+# -- compiled for Hopper, run on none
+
+
+def launch(group: int, page: int, dtype: torch.dtype, rows: int = 64, layer: int = 5, num_sms: int = 44) -> None:
+    meta: dict[str, Any] = {"device": "meta"}
+    pages = torch.empty(1000 + rows, 36, 2, page, 8, 128, dtype=dtype, **meta)
+    q = torch.empty(rows, (group + 2) * 8, 128, dtype=dtype, **meta)[:, : group * 8]
+    tables = torch.empty(1 + rows, 15 + rows, dtype=torch.int32, **meta)[1:]
+    contexts = torch.empty(1 + rows, dtype=torch.int32, **meta)[1:]
+    paged_decode_tma(
+        q, pages[:, layer, 0], pages[:, layer, 1], tables, contexts, 1000 + rows, num_sms=num_sms, pdl=True
+    )
+
+
+def compiled(*shape: Any) -> list[CompileReport]:
+    return compile_launches(90, lambda: launch(*shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("page", [64, 128])
+@pytest.mark.parametrize("group", [2, 4, 5, 8])
+def test_all_programs_fit_an_sm(group: int, page: int, dtype: torch.dtype) -> None:
+    share, join = compiled(group, page, dtype)
+    assert_fits(share, max_spill_bytes=24)  # three flags, away from the products
+    assert_fits(join)
+    programs = ShareTiles().programs_per_sm
+    assert programs * (share.shared_bytes + 1024) <= SHARED_LIMIT_BYTES[90] + 1024  # each block costs 1 KiB more
+    assert programs * share.num_warps * 32 * share.registers <= 65536
+    assert "cp.async.bulk.tensor" in share.ptx and "mma.sync" in share.ptx
+
+
+def test_tiles_are_loaded_ahead() -> None:
+    """As many keys and values as there are buffers are asked for before the loop waits for the first."""
+    (share, _), buffers = compiled(4, 64, torch.bfloat16), ShareTiles().num_stages - 1
+    before_the_wait = share.ptx[: share.ptx.index("mbarrier.try_wait")]
+    halves = 2  # of a row of 256 bytes
+    assert before_the_wait.count("cp.async.bulk.tensor") == buffers * 2 * halves
+    assert share.shared_bytes >= buffers * 2 * ShareTiles().tile_tokens * 128 * 2
+
+
+def test_no_run_time_value_compiles_a_variant() -> None:
+    def launch_all() -> None:
+        for rows, layer, num_sms in ((1, 0, 28), (16, 3, 44), (17, 35, 132), (640, 16, 60)):
+            launch(4, 64, torch.bfloat16, rows, layer, num_sms)
+
+    reports = compile_launches(90, launch_all)
+    assert len(reports) == 8 and len({each.hash for each in reports}) == 2
+
+
+# -- where it is taken
+
+
+def make_pages(page: int = 64, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(10, 2, 2, page, 8, head_dim, dtype=dtype, device="meta")[:, 1, 0]
+
+
+def test_pages_that_fit_boxes() -> None:
+    assert all(pages_fit_decode_boxes(make_pages(page)) for page in (32, 64, 128, 256))
+    assert pages_fit_decode_boxes(make_pages(dtype=torch.float16))
+    assert not pages_fit_decode_boxes(make_pages(16))
+    assert not pages_fit_decode_boxes(make_pages(head_dim=64))
+    assert not pages_fit_decode_boxes(make_pages(dtype=torch.float32))
+    heads_outermost = torch.empty(10, 8, 64, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    assert not pages_fit_decode_boxes(heads_outermost)
 
 
 def main() -> None:
