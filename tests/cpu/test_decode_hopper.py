@@ -32,6 +32,11 @@ CASES = {
     "one share, nothing cut": (Case((40, 17, 0), kv_heads=2, head_dim=32, page=32, group=2), SMALL, 2),
     "a row over all of 9 shares": (Case((1500,), kv_heads=1, head_dim=32, group=5, page=64), SMALL, 9),
     "no context at all": (Case((0, 0), kv_heads=1, head_dim=32, group=8), SMALL, 3),
+    "a row whose last tile alone is in the next share": (
+        Case((144, 128), kv_heads=1, head_dim=16, group=1),
+        SMALL,
+        2,
+    ),
     "more rows than are summed up at once": (
         Case((3, 0, 40) * 90 + (100,), kv_heads=1, head_dim=16, group=2),
         SMALL,
