@@ -45,17 +45,23 @@ class Qwen3Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
 
-    def forward(self, qkv: Tensor, positions: Tensor, kv_cache: KVCache, metadata: AttentionMetadata) -> Tensor:
-        """What `qkv_proj` gave, [tokens, q + k + v] → [tokens, hidden]; stores the tokens' KV before attending."""
+    def store_heads(
+        self, qkv: Tensor, positions: Tensor, kv_cache: KVCache, metadata: AttentionMetadata, backend: AttentionBackend
+    ) -> Tensor:
+        """Queries [tokens, H, D] of what `qkv_proj` gave, [tokens, q + k + v]; keys and values go to their pages."""
+        pages = kv_cache.layer_view(self.layer)
+        return backend.elementwise.split_qkv(self, qkv, positions, pages, metadata.slot_mapping)
+
+    def attend(
+        self, q_THD: Tensor, kv_cache: KVCache, metadata: AttentionMetadata, backend: AttentionBackend
+    ) -> Tensor:
+        """Attention alone, [tokens, H, D]; the tokens' own KV must have been stored."""
         k_pages, v_pages = kv_cache.layer_view(self.layer)
-        q_THD = self.backend.elementwise.split_qkv(self, qkv, positions, (k_pages, v_pages), metadata.slot_mapping)
         if isinstance(metadata, PrefillMetadata):
-            out_THD = self.backend.prefill(q_THD, k_pages, v_pages, metadata)
-        elif isinstance(metadata, DecodeMetadata):
-            out_THD = self.backend.decode(q_THD, k_pages, v_pages, metadata)
-        else:
-            out_THD = self.backend.mixed(q_THD, k_pages, v_pages, metadata)
-        return self.backend.elementwise.linear(self.o_proj, out_THD.flatten(-2))
+            return backend.prefill(q_THD, k_pages, v_pages, metadata)
+        if isinstance(metadata, DecodeMetadata):
+            return backend.decode(q_THD, k_pages, v_pages, metadata)
+        return backend.mixed(q_THD, k_pages, v_pages, metadata)
 
     def checkpoint_slots(self) -> dict[str, Tensor]:
         return self.qkv_proj.checkpoint_slots() | _slots(self, "o_proj", "q_norm", "k_norm")
@@ -64,24 +70,26 @@ class Qwen3Attention(nn.Module):
 class Qwen3MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) · up(x))."""
 
-    def __init__(self, config: ModelConfig, elementwise: Elementwise, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.elementwise = elementwise
         parts = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
         self.gate_up_proj = FusedLinear(config.hidden_size, parts, dtype, device)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, dtype, device)
 
-    def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor, elementwise: Elementwise) -> tuple[Tensor, Tensor]:
         """(output for the normalised x + residual, new residual), [tokens, hidden]."""
-        activated, residual = self.elementwise.norm_swiglu(norm, self.gate_up_proj, x, residual)
-        return self.elementwise.linear(self.down_proj, activated), residual
+        activated, residual = elementwise.norm_swiglu(norm, self.gate_up_proj, x, residual)
+        return elementwise.linear(self.down_proj, activated), residual
 
     def checkpoint_slots(self) -> dict[str, Tensor]:
         return self.gate_up_proj.checkpoint_slots() | _slots(self, "down_proj")
 
 
 class Qwen3DecoderLayer(nn.Module):
-    """One layer as two stages, which may run on different partitions of a card."""
+    """One layer in parts, which may run on different partitions of a card, each with a backend of its own.
+
+    The weights are shared; a backend brings what is sized for its partition.
+    """
 
     def __init__(
         self,
@@ -94,27 +102,31 @@ class Qwen3DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.self_attn = Qwen3Attention(config, layer, rotary, backend, dtype, device)
-        self.elementwise = backend.elementwise
-        self.mlp = Qwen3MLP(config, backend.elementwise, dtype, device)
+        self.mlp = Qwen3MLP(config, dtype, device)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
 
-    def forward_attention_stage(
+    def project_qkv(
         self,
         hidden: Tensor,
         residual: Tensor | None,
         positions: Tensor,
         kv_cache: KVCache,
         metadata: AttentionMetadata,
+        backend: AttentionBackend,
     ) -> tuple[Tensor, Tensor]:
-        """Norm, QKV, head norms, RoPE, KV store, attention, output projection."""
+        """Norm, QKV, head norms, RoPE, KV store: (queries [tokens, H, D], new residual)."""
         qkv_proj = self.self_attn.qkv_proj
-        qkv, residual = self.elementwise.norm_linear(self.input_layernorm, qkv_proj, hidden, residual)
-        return self.self_attn(qkv, positions, kv_cache, metadata), residual
+        qkv, residual = backend.elementwise.norm_linear(self.input_layernorm, qkv_proj, hidden, residual)
+        return self.self_attn.store_heads(qkv, positions, kv_cache, metadata, backend), residual
 
-    def forward_ffn_stage(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def project_out(self, attended_THD: Tensor, backend: AttentionBackend) -> Tensor:
+        """Output projection of what `attend` gave: the stage's hidden."""
+        return backend.elementwise.linear(self.self_attn.o_proj, attended_THD.flatten(-2))
+
+    def forward_ffn_stage(self, hidden: Tensor, residual: Tensor, backend: AttentionBackend) -> tuple[Tensor, Tensor]:
         """Norm, gate and up, SiLU product, down."""
-        output: tuple[Tensor, Tensor] = self.mlp(self.post_attention_layernorm, hidden, residual)
+        output: tuple[Tensor, Tensor] = self.mlp(self.post_attention_layernorm, hidden, residual, backend.elementwise)
         return output
 
     def checkpoint_slots(self) -> dict[str, Tensor]:
@@ -222,21 +234,58 @@ class Qwen3ForCausalLM(nn.Module):
         positions: Tensor,
         kv_cache: KVCache,
         metadata: AttentionMetadata,
+        backend: AttentionBackend | None = None,
     ) -> tuple[Tensor, Tensor]:
         """StageA of `layer`: norm, QKV, head norms, RoPE, KV store, attention, output projection."""
-        return self._layer(layer).forward_attention_stage(hidden, residual, positions, kv_cache, metadata)
+        q_THD, residual = self.project_qkv(layer, hidden, residual, positions, kv_cache, metadata, backend)
+        attended_THD = self.attend(layer, q_THD, kv_cache, metadata, backend)
+        return self.project_out(layer, attended_THD, backend), residual
 
-    def forward_ffn_stage(self, layer: int, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_ffn_stage(
+        self, layer: int, hidden: Tensor, residual: Tensor, backend: AttentionBackend | None = None
+    ) -> tuple[Tensor, Tensor]:
         """StageF of `layer`: norm, gate and up, SiLU product, down."""
-        return self._layer(layer).forward_ffn_stage(hidden, residual)
+        return self._layer(layer).forward_ffn_stage(hidden, residual, backend or self.attention)
+
+    def project_qkv(
+        self,
+        layer: int,
+        hidden: Tensor,
+        residual: Tensor | None,
+        positions: Tensor,
+        kv_cache: KVCache,
+        metadata: AttentionMetadata,
+        backend: AttentionBackend | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """StageA of `layer` up to attention: (queries [tokens, H, D], new residual); the tokens' KV is stored."""
+        backend = backend or self.attention
+        return self._layer(layer).project_qkv(hidden, residual, positions, kv_cache, metadata, backend)
+
+    def attend(
+        self,
+        layer: int,
+        q_THD: Tensor,
+        kv_cache: KVCache,
+        metadata: AttentionMetadata,
+        backend: AttentionBackend | None = None,
+    ) -> Tensor:
+        """Attention of `layer` alone, [tokens, H, D]."""
+        return self._layer(layer).self_attn.attend(q_THD, kv_cache, metadata, backend or self.attention)
+
+    def project_out(self, layer: int, attended_THD: Tensor, backend: AttentionBackend | None = None) -> Tensor:
+        """StageA of `layer` behind attention: the stage's hidden."""
+        return self._layer(layer).project_out(attended_THD, backend or self.attention)
 
     def _layer(self, layer: int) -> Qwen3DecoderLayer:
         return cast(Qwen3DecoderLayer, self.layers[layer])
 
+    def final_norm(self, hidden: Tensor, residual: Tensor, backend: AttentionBackend | None = None) -> Tensor:
+        """Of what the last layer returned, [rows, hidden]."""
+        return (backend or self.attention).elementwise.add_norm(self.norm, hidden, residual)[0]
+
     def compute_logits(self, hidden: Tensor, residual: Tensor, out: Tensor | None = None) -> Tensor:
         """Final norm and projection of what the last layer returned; float32 [rows, vocab_size]."""
-        x, _ = self.attention.elementwise.add_norm(self.norm, hidden, residual)
-        return project_to_logits(x, self.lm_head.weight, out)
+        return project_to_logits(self.final_norm(hidden, residual), self.lm_head.weight, out)
 
     def copy_to(self, device: torch.device, attention: AttentionBackend | None = None) -> Qwen3ForCausalLM:
         """The same weights in storage of their own on `device`; complete when it returns.
