@@ -90,11 +90,12 @@ class DecodeGraphs:
         for graph in (*self._model_graphs.values(), *self._samplers.values()):
             graph.replay()
 
-    def inputs(self, bucket: int) -> tuple[Tensor, Tensor, DecodeMetadata]:
-        """(token ids, positions, metadata) of a step of `bucket` rows, those of `set_slots`. Queues one kernel."""
+    def inputs(self, bucket: int, begin: int = 0) -> tuple[Tensor, Tensor, DecodeMetadata]:
+        """(token ids, positions, metadata) of a step of `bucket` rows, those of `set_slots`; of the rows from `begin`
+        on. Queues one kernel."""
         state, block_size = self.slots, self.kv_cache.block_size
         tokens_B, positions_B, context_lens_B, mapping_B, tables_BN, order_B = gather_inputs(
-            self.slots_B[:bucket], state.integers_S7, state.block_tables_SN, block_size, state.null_block, ALIVE
+            self.slots_B[begin:bucket], state.integers_S7, state.block_tables_SN, block_size, state.null_block, ALIVE
         )
         metadata = DecodeMetadata(context_lens_B, tables_BN, mapping_B, self.max_context_tokens, order_B)
         return tokens_B, positions_B, metadata

@@ -39,6 +39,9 @@ class MicroBatch(NamedTuple):
     metadata: DecodeMetadata
 
 
+StageRun = Callable[[Lane, int, MicroBatch, State], State]
+
+
 class StageBackends(NamedTuple):
     """Each lane's own kernels, sized for its partition."""
 
@@ -169,7 +172,7 @@ def run_stages(
     stages: Stages,
     lanes: Lanes,
     batches: Sequence[MicroBatch],
-    run: Callable[[Lane, int, MicroBatch, State], State] | None = None,
+    run: StageRun | None = None,
 ) -> list[State]:
     """Queue every stage of a step, from fork to join; what each micro-batch's last stage returned.
 
@@ -190,7 +193,12 @@ def run_stages(
     return states
 
 
-def decode_step(stages: Stages, lanes: Lanes, batches: Sequence[MicroBatch], out: Tensor) -> Tensor:
-    """Queue a whole step; float32 logits [rows, vocab_size] in `out`, the micro-batches' rows one after the other."""
-    normed = torch.cat([state[0] for state in run_stages(stages, lanes, batches)])
+def decode_step(
+    stages: Stages, lanes: Lanes, batches: Sequence[MicroBatch], out: Tensor, run: StageRun | None = None
+) -> Tensor:
+    """Queue a whole step; float32 logits [rows, vocab_size] in `out`, the micro-batches' rows one after the other.
+
+    `run`: as for `run_stages`.
+    """
+    normed = torch.cat([state[0] for state in run_stages(stages, lanes, batches, run)])
     return project_to_logits(normed, stages.model.lm_head.weight, out)
