@@ -13,6 +13,7 @@ pytest.importorskip("triton", exc_type=ImportError)
 from nanovllm.kernels.paged_decode import paged_decode_reference  # noqa: E402
 from nanovllm.kernels.paged_decode_hopper import (  # noqa: E402
     ShareTiles,
+    choose_share_tiles,
     paged_decode_tma,
     pages_fit_decode_boxes,
 )
@@ -88,13 +89,13 @@ def compiled(*shape: Any) -> list[CompileReport]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("page", [64, 128])
+@pytest.mark.parametrize("page", [32, 64, 128])
 @pytest.mark.parametrize("group", [2, 4, 5, 8])
 def test_all_programs_fit_an_sm(group: int, page: int, dtype: torch.dtype) -> None:
     share, join = compiled(group, page, dtype)
-    assert_fits(share, max_spill_bytes=24)  # three flags, away from the products
+    assert_fits(share, max_spill_bytes=24)  # of narrow values, group 2 alone: faster than fewer programs
     assert_fits(join)
-    programs = ShareTiles().programs_per_sm
+    programs = choose_share_tiles(page).programs_per_sm
     assert programs * (share.shared_bytes + 1024) <= SHARED_LIMIT_BYTES[90] + 1024  # each block costs 1 KiB more
     assert programs * share.num_warps * 32 * share.registers <= 65536
     assert "cp.async.bulk.tensor" in share.ptx and "mma.sync" in share.ptx
@@ -104,7 +105,7 @@ def test_tiles_are_loaded_ahead() -> None:
     """As many keys and values as there are buffers are asked for before the loop waits for the first."""
     (share, _), buffers = compiled(4, 64, torch.bfloat16), ShareTiles().num_stages - 1
     before_the_wait = share.ptx[: share.ptx.index("mbarrier.try_wait")]
-    halves = 2  # of a row of 256 bytes
+    halves = 2 // ShareTiles().num_warps  # of a row of 256 bytes; each warp asks for one
     assert before_the_wait.count("cp.async.bulk.tensor") == buffers * 2 * halves
     assert share.shared_bytes >= buffers * 2 * ShareTiles().tile_tokens * 128 * 2
 
