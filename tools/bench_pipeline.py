@@ -5,14 +5,17 @@
 A case is BATCHxCONTEXT, random weights and pages. `plain` has two streams without partitions. Milliseconds are medians
 of `--repeats` rounds over all ways in turn, each the mean of `--replays` replays; ratios are sequential / way, from one
 round each. `alone`: all stages of one lane with nothing beside them. `differs`: RMS of the logits' difference from the
-sequential ones', by these. A way that fails is printed and left out. The last line is one JSON object.
+sequential ones', by these. A way that fails is printed and left out. With `--hold-s` each way then runs for so long;
+milliseconds, watts, MHz and joules a step are of the second half of that. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -111,6 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--micro-batches", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--replays", type=int, default=10)
+    parser.add_argument("--hold-s", type=float, default=0, help="seconds of each way under nvidia-smi's eye")
     parser.add_argument("--no-plain", action="store_true", help="without the two plain streams")
     parser.add_argument("--no-alone", action="store_true", help="do not time the lanes by themselves")
     parser.add_argument("--no-limit", action="store_true", help="leave cuBLAS as it comes, also on a partition")
@@ -280,8 +284,13 @@ def measure_case(model: Qwen3ForCausalLM, ways: list[Way], case: Case, args: arg
         torch.cuda.synchronize()
         print(f"{case.batch}x{case.tokens}: captured in {time.perf_counter() - started:.1f} s", flush=True)
         times = interleaved_ms(graphs, args.repeats, args.replays)
-    report = case_report(case, rows, times)
+        held = {
+            name: hold(graphs[name], args.hold_s) for name in ["sequential", *rows] if name in graphs and args.hold_s
+        }
+    report = case_report(case, rows, times) | {"held": held}
     print_report(report)
+    for name, figures in held.items():
+        print(f"  held {name:20} " + "  ".join(f"{value:8.2f} {unit}" for unit, value in figures.items()), flush=True)
     return report
 
 
@@ -324,6 +333,32 @@ def capture(run: Run, pool: Any) -> Captured:
     with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
         run()
     return Captured(graph, run)
+
+
+def hold(captured: Captured, seconds: float) -> dict[str, float]:
+    """Replay for so long; of the second half, the step, and what the card draws and how fast it is then."""
+    query = ["nvidia-smi", "-i", "0", "--query-gpu=power.draw.instant,clocks.sm", "--format=csv,noheader,nounits"]
+    with tempfile.TemporaryFile("w+") as file:
+        sampler = subprocess.Popen([*query, "-lms", "20"], stdout=file)
+        replay_for(captured, seconds / 2)
+        offset = os.fstat(file.fileno()).st_size
+        ms = replay_for(captured, seconds / 2)
+        sampler.kill()
+        sampler.wait()
+        file.seek(offset)
+        lines = [line.split(",") for line in file.read().splitlines()[1:-1]]  # the first and the last may be cut
+    watts, mhz = (statistics.fmean(float(line[column]) for line in lines) for column in (0, 1))
+    return {"ms": ms, "W": watts, "MHz": mhz, "J": watts * ms / 1e3}
+
+
+def replay_for(captured: Captured, seconds: float) -> float:
+    """Milliseconds of a replay."""
+    started, count = time.perf_counter(), 0
+    while (taken := time.perf_counter() - started) < seconds:
+        captured.replay()
+        torch.cuda.synchronize()
+        count += 1
+    return taken / count * 1e3
 
 
 def interleaved_ms(graphs: dict[str, Captured], repeats: int, replays: int) -> dict[str, list[float]]:
