@@ -13,6 +13,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
 PD_ROLES = ("elastic", "strict")
 ATTENTION_BACKENDS = ("auto", "flash_attn", "triton", "torch")
+DECODE_PIPELINES = ("auto", "static", "disabled")
+MOST_SMS = 1 << 10  # more than any card has; the card itself checks what fits
 MAX_RUN_AHEAD = 4
 DEFAULT_RUN_AHEAD = 2
 
@@ -29,6 +31,12 @@ class Config:
     `max_num_batched_tokens`: of a step; on one card, of prompts and decode rows together.
     `pd_roles`: "strict" cards prefill or decode; "elastic" ones help each other out. `itl_slo_ms`: what a decode step
     may take with a part of a prompt in it (None: twice what it takes without); elastic roles only.
+    `enable_decode_pipeline`: decode steps of card 1 may run attention and FFN on two partitions of its SMs, if
+    `decode_pipeline` lets them: "auto" takes what measures fastest, one stream included, and where partitions cannot be
+    had says so and decodes over one stream; "static" always takes one split, or raises; "disabled" never does.
+    `decode_attention_sm`, `decode_ffn_sm`: SMs of the split, the only one then (None: the rest of the card, or half of
+    it each; with "auto" a few splits are tried). `disable_green`: touch no SM partition. `decode_pipeline_profiling`:
+    time the stages now and then. `pipeline_debug`: log every decode step.
     """
 
     model: str
@@ -49,6 +57,13 @@ class Config:
     num_kvcache_blocks: int | tuple[int, int] | None = None
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
+    enable_decode_pipeline: bool = False
+    decode_pipeline: str = "auto"
+    decode_attention_sm: int | None = None
+    decode_ffn_sm: int | None = None
+    disable_green: bool = False
+    decode_pipeline_profiling: bool = False
+    pipeline_debug: bool = False
     enable_prefix_caching: bool = True
     overlap: bool = True
     run_ahead: int | None = None
@@ -75,11 +90,13 @@ class Config:
         self._check_choices()
         self._check_ranges()
         self._check_cards()
+        self._check_pipeline()
 
     def _check_types(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model={self.model!r} must be a folder or a hub id")
-        for name in ("enable_two_gpu_pd", "enforce_eager", "enable_prefix_caching", "overlap"):
+        switches = ("enable_decode_pipeline", "disable_green", "decode_pipeline_profiling", "pipeline_debug")
+        for name in ("enable_two_gpu_pd", "enforce_eager", "enable_prefix_caching", "overlap", *switches):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.revision is not None and not isinstance(self.revision, str):
@@ -91,6 +108,7 @@ class Config:
         _one_of("load_format", self.load_format, LOAD_FORMATS)
         _one_of("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         _one_of("pd_roles", self.pd_roles, PD_ROLES)
+        _one_of("decode_pipeline", self.decode_pipeline, DECODE_PIPELINES)
         _one_of("kvcache_block_size", self.kvcache_block_size, BLOCK_SIZES)
 
     def _check_ranges(self) -> None:
@@ -127,6 +145,22 @@ class Config:
             raise ValueError(
                 f"num_kvcache_blocks={self.num_kvcache_blocks!r} names two cards, but enable_two_gpu_pd=False"
             )
+
+    def _check_pipeline(self) -> None:
+        for name in ("decode_attention_sm", "decode_ffn_sm"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 1, MOST_SMS)
+        if not self.enable_decode_pipeline:
+            return
+        if not self.enable_two_gpu_pd:
+            raise ValueError("enable_decode_pipeline=True needs enable_two_gpu_pd=True: it divides the decode card")
+        if self.disable_green and self.decode_pipeline == "static":
+            raise ValueError("disable_green=True leaves nothing to decode_pipeline='static', which needs SM partitions")
+
+    @property
+    def pipelines_decode(self) -> bool:
+        """Whether a decode pipeline is to be started."""
+        return self.enable_decode_pipeline and self.decode_pipeline != "disabled"
 
     def _block_counts(self) -> tuple[int, ...]:
         blocks = self.num_kvcache_blocks

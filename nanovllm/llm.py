@@ -188,6 +188,7 @@ class LLM:
     def close(self) -> None:
         """Stop the engine. Callers that still wait get `EngineDeadError`. Safe to call twice."""
         self._finalizer()
+        self.decode_runner.close_pipeline()
 
     def __enter__(self) -> LLM:
         return self

@@ -14,6 +14,7 @@ import torch
 from nanovllm.config import Config
 from nanovllm.engine.kv_cache import KVCache, measure_rate
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.pipeline_runs import PipelineOptions
 from nanovllm.engine.shards import CopyShard
 from nanovllm.layers.attention import make_attention_backend
 from nanovllm.models.loader import load_model
@@ -97,6 +98,8 @@ def build_runners(
         runners = [make_runner(config, model, max_model_len, card) for card, model in enumerate(models)]
     if devices[0].type == "cuda":
         prepare(runners, config, seconds)
+    elif config.pipelines_decode:
+        runners[-1].start_pipeline(pipeline_options(config))  # fails, or says that it cannot
     return runners
 
 
@@ -123,9 +126,24 @@ def prepare(runners: list[ModelRunner], config: Config, seconds: dict[str, float
         with timed(seconds, "capture_s"):
             for card, runner in enumerate(runners):
                 capture(runner, card, config)
+    if config.pipelines_decode:
+        with timed(seconds, "capture_s"):
+            runners[-1].start_pipeline(pipeline_options(config))
     with timed(seconds, "reserve_s"):
         for runner in runners:
             runner.reserve(config.max_num_batched_tokens)
+
+
+def pipeline_options(config: Config) -> PipelineOptions:
+    """What the configuration says of the decode pipeline."""
+    return PipelineOptions(
+        mode=config.decode_pipeline,
+        attention_sm=config.decode_attention_sm,
+        ffn_sm=config.decode_ffn_sm,
+        disable_green=config.disable_green,
+        profiling=config.decode_pipeline_profiling,
+        debug=config.pipeline_debug,
+    )
 
 
 def capture(runner: ModelRunner, card: int, config: Config) -> None:

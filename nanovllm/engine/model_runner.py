@@ -13,17 +13,9 @@ from torch import Tensor
 from nanovllm.engine.kv_cache import CopyHandle, KVCache
 from nanovllm.engine.prefill_graphs import MAX_SEQUENCES, ChunkBatch, PrefillGraphs
 from nanovllm.engine.rehearsal import rehearse_products
-from nanovllm.engine.shards import (
-    CopyShard,
-    DecodeShard,
-    MixedShard,
-    PrefillChunk,
-    PrefillShard,
-    SamplingRow,
-    StepResult,
-    TokenLogprobs,
-)
+from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillChunk, PrefillShard, SamplingRow
 from nanovllm.engine.slot_state import SlotState, fill_seen, sampling_floats, slot_integers
+from nanovllm.engine.step_handle import StepHandle, timed_event
 from nanovllm.layers.attention import DecodeMetadata, MixedMetadata, PrefillMetadata
 from nanovllm.layers.host import reserve_pinned, to_device
 from nanovllm.layers.sampler import SamplingBatch, gather_logprobs, sample
@@ -34,43 +26,8 @@ from nanovllm.sampling_params import SAMPLER_KINDS, SamplingParams
 if TYPE_CHECKING:
     from nanovllm.engine.decode_graphs import DecodeGraphs
     from nanovllm.engine.mixed_graphs import MixedGraphs
-
-
-class StepHandle:
-    """A launched step. `start` and `event`, timing events, mark its begin and end on the card; None on a CPU, where it
-    has ended already."""
-
-    def __init__(
-        self,
-        token_ids: Tensor,
-        logprobs: tuple[Tensor, ...],
-        wanted: list[int | None],
-        start: torch.cuda.Event | None,
-    ) -> None:
-        self._wanted = wanted
-        self._host = [_to_host(tensor) for tensor in (token_ids, *logprobs)]
-        self.start = start
-        self.event = None if start is None else _timed_event()
-
-    @property
-    def seconds(self) -> float | None:
-        """Device time from the step's first kernel to its last; None on a CPU, where the caller's clock tells."""
-        return None if self.start is None or self.event is None else self.start.elapsed_time(self.event) / 1e3
-
-    def idle_since(self, before: StepHandle) -> float | None:
-        """Seconds from the end of an earlier step to this one's first kernel; None on a CPU."""
-        if self.start is None or before.event is None:
-            return None
-        return before.event.elapsed_time(self.start) / 1e3
-
-    def wait(self) -> StepResult:
-        """Block until the step has ended; its sampled ids and the logprobs that rows asked for."""
-        if self.event is not None:
-            self.event.synchronize()
-        ids = self._host[0].tolist()
-        if len(self._host) == 1:
-            return StepResult(ids)
-        return StepResult(ids, _logprobs(self._wanted, *(tensor.tolist() for tensor in self._host[1:])))
+    from nanovllm.engine.pipeline_runs import PipelineOptions
+    from nanovllm.engine.pipeline_scheduler import DecodePipelineScheduler
 
 
 class ModelRunner:
@@ -93,6 +50,7 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         self.prefill_graphs: PrefillGraphs | None = None
         self.mixed_graphs: MixedGraphs | None = None
+        self.pipeline: DecodePipelineScheduler | None = None
         self._has_kernels = model.attention.elementwise.name == "triton"
         max_blocks = -(-max_model_len // self.block_size)
         vocab_size = model.config.vocab_size
@@ -124,7 +82,8 @@ class ModelRunner:
             start = self._mark()
             logits = self._decode(shard)
             kept = logits.clone() if _any_wanted(wanted) else logits  # penalties may change them in place
-            return self._handle(kept, self._next_tokens(logits, shard), wanted, start)
+            handle = self._handle(kept, self._next_tokens(logits, shard), wanted, start)
+            return handle if self.pipeline is None else self.pipeline.watched(handle)
 
     @torch.inference_mode()
     def run_mixed(self, shard: MixedShard) -> StepHandle:
@@ -142,6 +101,8 @@ class ModelRunner:
 
     def _decode(self, shard: DecodeShard) -> Tensor:
         """Logits of a step, float32 [slots, vocab_size]."""
+        if self.pipeline is not None:
+            return self.pipeline.decode_token(shard.slots, shard.max_context_tokens)
         if self.graphs is not None:
             return self.graphs.replay_model(shard.slots)
         ids_B, positions_B, metadata = self._decode_inputs(shard)
@@ -214,6 +175,31 @@ class ModelRunner:
         assert self.graphs is not None, "the draws of a mixed step are those of a decode step"
         with self._on_card():
             self.mixed_graphs = MixedGraphs(self.graphs, max_num_batched_tokens)
+
+    @torch.inference_mode()
+    def start_pipeline(self, options: PipelineOptions) -> None:
+        """Let decode steps run in two lanes, after `capture`; nothing else of this engine may run. See there."""
+        from nanovllm.engine.pipeline_runs import DecodeCard
+        from nanovllm.engine.pipeline_start import start_pipeline  # here: most runners need none of it
+
+        self.close_pipeline()
+        card = DecodeCard(self.model, self.kv_cache, self.slots, self.graphs, self.max_model_len)
+        with self._on_card():
+            self.pipeline = start_pipeline(card, options)
+
+    def get_pipeline_statistics(self) -> dict[str, Any]:
+        """See `DecodePipelineScheduler`; {} where no pipeline was asked for."""
+        return {} if self.pipeline is None else self.pipeline.get_pipeline_statistics()
+
+    def print_pipeline_statistics(self) -> None:
+        """For people, on standard output."""
+        print("no decode pipeline was asked for" if self.pipeline is None else self.pipeline.describe())
+
+    def close_pipeline(self) -> None:
+        """Give the card's partitions back. No step may run any more."""
+        if self.pipeline is not None:
+            self.pipeline.close()
+        self.pipeline = None
 
     def warm_up(self) -> None:
         """Compile what prefill launches: few tokens, and many, and every kind of sampler, into the null block."""
@@ -353,7 +339,7 @@ class ModelRunner:
 
     def _mark(self) -> torch.cuda.Event | None:
         """The step's start: what the host prepared is behind it."""
-        return None if self.stream is None else _timed_event()
+        return None if self.stream is None else timed_event()
 
     def _int32(self, values: list[int] | Tensor) -> Tensor:
         return to_device(values, torch.int32, self.device)
@@ -373,29 +359,3 @@ def _sampled_chunks(shard: PrefillShard) -> list[int]:
 
 def _any_wanted(num_logprobs: list[int | None]) -> bool:
     return any(k is not None for k in num_logprobs)
-
-
-def _timed_event() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy into pinned memory that a later event orders; the tensor itself on a CPU."""
-    if not tensor.is_cuda:
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
-
-def _logprobs(
-    wanted: list[int | None],
-    chosen: list[float],
-    ranks: list[int],
-    top_ids: list[list[int]],
-    top: list[list[float]],
-) -> list[TokenLogprobs | None]:
-    return [
-        None if k is None else TokenLogprobs(chosen[i], ranks[i], tuple(zip(top_ids[i][:k], top[i][:k], strict=True)))
-        for i, k in enumerate(wanted)
-    ]

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nanovllm.engine.decode_graphs import DecodeGraphs
 from nanovllm.engine.pipeline_order import Lane
 from nanovllm.engine.pipeline_step import MicroBatch, Stages, State, decode_step, split_rows
 from nanovllm.engine.pipeline_ways import PipelinedWay
+
+if TYPE_CHECKING:  # a CPU build of torch comes without Triton
+    from nanovllm.engine.decode_graphs import DecodeGraphs
 
 
 class StageSeconds(NamedTuple):
@@ -92,6 +94,7 @@ class PipelineGraphs:
         self._timed[way, bucket] = graph, timer
 
     def _measured(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        self.decode.set_slots(())  # of the run ahead of the capture: no row belongs to anybody
         device = self.decode.slots.device
         torch.cuda.empty_cache()
         before = torch.cuda.mem_get_info(device)[0]
@@ -133,8 +136,13 @@ class PipelineGraphs:
 
     def rehearse(self) -> None:
         """As of decode graphs."""
+        self.decode.set_slots(())
         for graph in (*self._graphs.values(), *(graph for graph, _ in self._timed.values())):
             graph.replay()
+
+    def close(self) -> None:
+        """Drop the graphs: nothing uses the splits' streams any more."""
+        self.ways, self._graphs, self._timed = {}, {}, {}
 
 
 def _external_event() -> torch.cuda.Event:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,12 +29,16 @@ class PipelinedWay(NamedTuple):
     lanes: Lanes
 
 
+SizedFor = Callable[[Lane], AbstractContextManager[object]]
+
+
 class PartitionTools(NamedTuple):
     """What makes a lane's kernels fit its partition: a backend for a number of SMs, and what must be set while products
-    are queued (card's SMs, partition's SMs)."""
+    are queued (card's SMs, partition's SMs). lanes: of the attention's and the FFN's stream."""
 
     backend: Callable[[Qwen3ForCausalLM, int], AttentionBackend]
     sized_for: Callable[[int, int], AbstractContextManager[object]]
+    lanes: Callable[[Any, Any, SizedFor], Lanes] = StreamLanes
 
 
 def auto_counts(card: CardSms) -> list[tuple[None, int]]:
@@ -50,13 +54,15 @@ def make_way(
     sms: dict[Lane, int] = {"attention": split.granted.attention_sms, "ffn": split.granted.ffn_sms}
     backends = StageBackends(tools.backend(model, sms["attention"]), tools.backend(model, sms["ffn"]))
     streams = split.attention_stream, split.ffn_stream
-    lanes = StreamLanes(*streams, sized_for=lambda lane: tools.sized_for(card_sms, sms[lane]))
+    lanes = tools.lanes(*streams, lambda lane: tools.sized_for(card_sms, sms[lane]))
     name = f"{sms['attention']}:{sms['ffn']} {boundary}"
     return PipelinedWay(name, split, Stages(model, kv_cache, backends, boundary), lanes)
 
 
 def triton_backend(model: Qwen3ForCausalLM, num_sms: int) -> AttentionBackend:
-    """Kernels of ours that are told how many SMs there are."""
+    """Kernels of ours that are told how many SMs there are; the model's own backend where it has none of them."""
+    if model.attention.elementwise.name != "triton":
+        return model.attention
     from nanovllm.layers.attention.triton import TritonAttention  # here: a CPU build of torch comes without Triton
 
     return TritonAttention(model.config.head_dim, num_sms=num_sms)

@@ -1,0 +1,82 @@
+"""A launched step of a card: when it ran, and what it sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nanovllm.engine.shards import StepResult, TokenLogprobs
+
+
+class StepHandle:
+    """A launched step. `start` and `event`, timing events, mark its begin and end on the card; None on a CPU, where it
+    has ended already."""
+
+    def __init__(
+        self,
+        token_ids: Tensor,
+        logprobs: tuple[Tensor, ...],
+        wanted: list[int | None],
+        start: torch.cuda.Event | None,
+    ) -> None:
+        self._wanted = wanted
+        self._host = [_to_host(tensor) for tensor in (token_ids, *logprobs)]
+        self.start = start
+        self.event = None if start is None else timed_event()
+        self._watcher: Callable[[list[int]], None] | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """Device time from the step's first kernel to its last; None on a CPU, where the caller's clock tells."""
+        return None if self.start is None or self.event is None else self.start.elapsed_time(self.event) / 1e3
+
+    def idle_since(self, before: StepHandle) -> float | None:
+        """Seconds from the end of an earlier step to this one's first kernel; None on a CPU."""
+        if self.start is None or before.event is None:
+            return None
+        return before.event.elapsed_time(self.start) / 1e3
+
+    def tell(self, watcher: Callable[[list[int]], None]) -> StepHandle:
+        """Call it with the sampled ids, once `wait` knows them, in the thread that waits."""
+        self._watcher = watcher
+        return self
+
+    def wait(self) -> StepResult:
+        """Block until the step has ended; its sampled ids and the logprobs that rows asked for."""
+        if self.event is not None:
+            self.event.synchronize()
+        ids = self._host[0].tolist()
+        if self._watcher is not None:
+            self._watcher(ids)
+        if len(self._host) == 1:
+            return StepResult(ids)
+        return StepResult(ids, _logprobs(self._wanted, *(tensor.tolist() for tensor in self._host[1:])))
+
+
+def timed_event() -> torch.cuda.Event:
+    """On the current stream, now."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy into pinned memory that a later event orders; the tensor itself on a CPU."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _logprobs(
+    wanted: list[int | None],
+    chosen: list[float],
+    ranks: list[int],
+    top_ids: list[list[int]],
+    top: list[list[float]],
+) -> list[TokenLogprobs | None]:
+    return [
+        None if k is None else TokenLogprobs(chosen[i], ranks[i], tuple(zip(top_ids[i][:k], top[i][:k], strict=True)))
+        for i, k in enumerate(wanted)
+    ]
