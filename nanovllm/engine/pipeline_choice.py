@@ -146,7 +146,9 @@ class WayChoice:
         return step
 
     def observe(self, place: Place, step: Step, seconds: float) -> None:
-        self.places[place].observe(step, seconds)
+        """What a step took; of a place where nothing was chosen, nothing is to be learned."""
+        if place in self.places:
+            self.places[place].observe(step, seconds)
 
     @property
     def changes(self) -> int:
