@@ -130,7 +130,7 @@ class GreenManager:
         self.current = next(iter(self._splits.values()))
 
     def allocate(self, attention_sm: int | None, ffn_sm: int | None) -> tuple[Any, Any]:
-        """Streams of the split asked for, (attention's, FFN's), the same ones for the same counts; milliseconds once.
+        """Streams of the split asked for, (attention's, FFN's), the same ones for the same SMs; milliseconds once.
 
         It does not become the current one. Errors as at construction.
         """
@@ -138,14 +138,14 @@ class GreenManager:
         return split.attention_stream, split.ffn_stream
 
     def prepare(self, attention_sm: int | None, ffn_sm: int | None) -> Split:
-        """The split asked for, made if there is none of these counts yet."""
+        """The split asked for, made if there is none that grants the same yet."""
         asked = fill_counts(self.card, attention_sm, ffn_sm)
-        if asked not in self._splits:
-            self._splits[asked] = self._make(asked)
-        return self._splits[asked]
-
-    def _make(self, asked: SmCounts) -> Split:
         plan = plan_split(self.card, asked)
+        if plan.granted not in self._splits:
+            self._splits[plan.granted] = self._make(asked, plan)
+        return self._splits[plan.granted]
+
+    def _make(self, asked: SmCounts, plan: SplitPlan) -> Split:
         partition = green_ctx.split_device_green_ctx_by_sm_count(self.device, plan.groups)
         counts, streams = partition.sm_counts, partition[0]
         granted = SmCounts(counts[plan.attention_part], counts[plan.ffn_part])

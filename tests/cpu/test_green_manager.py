@@ -106,7 +106,7 @@ def test_a_split_is_made_once_and_kept(install: Install) -> None:
     driver = install()
     manager = GreenManager(CUDA0, 44, 88)
     first, calls = manager.allocate(44, 88), len(driver.calls)
-    assert manager.allocate(44, None) == manager.allocate(None, 88) == first
+    assert manager.allocate(44, None) == manager.allocate(None, 88) == manager.allocate(45, 87) == first
     assert len(driver.calls) == calls
     other = manager.allocate(60, 72)
     assert set(other).isdisjoint(first) and manager.current.granted == (44, 88), "allocating does not move"
