@@ -20,8 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +47,8 @@ from nanovllm.engine.pipeline_step import (
     run_stages,
     split_rows,
 )
-from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, make_attention_backend
+from nanovllm.engine.pipeline_ways import EAGER_TOOLS, PARTITION_TOOLS, make_way
+from nanovllm.layers.attention import DecodeMetadata, make_attention_backend
 from nanovllm.models.loader import load_model
 from nanovllm.models.model_config import load_model_config
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
@@ -117,7 +117,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--hold-s", type=float, default=0, help="seconds of each way under nvidia-smi's eye")
     parser.add_argument("--no-plain", action="store_true", help="without the two plain streams")
     parser.add_argument("--no-alone", action="store_true", help="do not time the lanes by themselves")
-    parser.add_argument("--no-limit", action="store_true", help="leave cuBLAS as it comes, also on a partition")
+    parser.add_argument("--no-limit", action="store_true", help="products as they come, also on a partition")
     parser.add_argument("--no-pdl", action="store_true", help="launch no kernel ahead of its predecessor's end")
     return parser
 
@@ -187,49 +187,21 @@ def take_rows(batch: MicroBatch, rows: slice) -> MicroBatch:
     return MicroBatch(batch.token_ids[rows], batch.positions[rows], part)
 
 
-def backends_of(model: Qwen3ForCausalLM, split: Split | None) -> StageBackends:
-    if split is None:
-        return StageBackends(model.attention, model.attention)
-    sizes = split.granted
-    return StageBackends(partition_backend(model, sizes.attention_sms), partition_backend(model, sizes.ffn_sms))
-
-
-def partition_backend(model: Qwen3ForCausalLM, num_sms: int) -> AttentionBackend:
-    from nanovllm.layers.attention.triton import TritonAttention
-
-    return TritonAttention(model.config.head_dim, num_sms=num_sms)
-
-
-def lanes_of(split: Split | None, limit: bool) -> Lanes:
-    if split is None:
-        return StreamLanes(torch.cuda.Stream(DEVICE), torch.cuda.Stream(DEVICE))
-    sms: dict[Lane, int] = {"attention": split.granted.attention_sms, "ffn": split.granted.ffn_sms}
-
-    def sized_for(lane: Lane) -> AbstractContextManager[object]:
-        return limited_blas(sms[lane]) if limit else nullcontext()
-
-    return StreamLanes(split.attention_stream, split.ffn_stream, sized_for)
-
-
-@contextmanager
-def limited_blas(num_sms: int) -> Iterator[None]:
-    """Products queued inside are cuBLASLt's, told how many SMs there are. Settings of the whole process."""
-    total = torch.cuda.get_device_properties(DEVICE).multi_processor_count
-    before = torch.backends.cuda.preferred_blas_library()
-    carveout = torch._C._get_sm_carveout_experimental()
-    torch.backends.cuda.preferred_blas_library("cublaslt")
-    torch._C._set_sm_carveout_experimental(total - num_sms)
-    try:
-        yield
-    finally:
-        torch._C._set_sm_carveout_experimental(carveout)
-        torch.backends.cuda.preferred_blas_library(before)
+def stages_and_lanes(setup: Setup, way: Way, args: argparse.Namespace) -> tuple[Stages, Lanes]:
+    """As the engine makes them; of two plain streams, with the sequential step's kernels."""
+    if way.split is None:
+        backends = StageBackends(setup.model.attention, setup.model.attention)
+        lanes = StreamLanes(torch.cuda.Stream(DEVICE), torch.cuda.Stream(DEVICE))
+        return Stages(setup.model, setup.kv_cache, backends, way.boundary), lanes
+    tools = PARTITION_TOOLS if not args.no_limit else EAGER_TOOLS
+    card_sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    made = make_way(setup.model, setup.kv_cache, card_sms, way.split, way.boundary, tools)
+    return made.stages, made.lanes
 
 
 def pipelined(setup: Setup, way: Way, args: argparse.Namespace) -> dict[str, Run]:
     """The step of a way, and both lanes by themselves."""
-    stages = Stages(setup.model, setup.kv_cache, backends_of(setup.model, way.split), way.boundary)
-    lanes, batches = lanes_of(way.split, not args.no_limit), micro_batches(setup.batch, args.micro_batches)
+    (stages, lanes), batches = stages_and_lanes(setup, way, args), micro_batches(setup.batch, args.micro_batches)
     runs: dict[str, Run] = {"step": lambda: decode_step(stages, lanes, batches, setup.logits_BV)}
     if not args.no_alone and way.split is not None:
         known = record_states(stages, lanes, batches)

@@ -6,14 +6,20 @@ import logging
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
 
 from green_ctx import GreenContextError
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.pipeline_graphs import PipelineGraphs
 from nanovllm.engine.pipeline_runs import DecodeCard, EagerWays, GraphWays, PipelineOptions, can_win
 from nanovllm.engine.pipeline_scheduler import FAILED, CudaClock, DecodePipelineScheduler, HostClock, StepWays
-from nanovllm.engine.pipeline_ways import PARTITION_TOOLS, PartitionTools, PipelinedWay, auto_counts, make_way
+from nanovllm.engine.pipeline_ways import (
+    EAGER_TOOLS,
+    PARTITION_TOOLS,
+    PartitionTools,
+    PipelinedWay,
+    auto_counts,
+    make_way,
+)
 
 logger = logging.getLogger("nanovllm.engine.pipeline")
 
@@ -22,7 +28,7 @@ def start_pipeline(
     card: DecodeCard,
     options: PipelineOptions,
     make_manager: Callable[..., GreenManager] = GreenManager,
-    tools: PartitionTools = PARTITION_TOOLS,
+    tools: PartitionTools | None = None,
 ) -> DecodePipelineScheduler:
     """The scheduler of a card's decode steps, everything captured. On the card's stream, nothing else running on it.
 
@@ -38,7 +44,7 @@ def start_pipeline(
         manager = make_manager(
             card.kv_cache.device, options.attention_sm, options.ffn_sm, enable_rebalance=options.mode == "auto"
         )
-        ways = _make_ways(card, options, manager, tools)
+        ways = _make_ways(card, options, manager, tools or (PARTITION_TOOLS if card.graphs else EAGER_TOOLS))
         return _scheduler(card, options, manager, _prepare(card, ways, options), None)
     except (RuntimeError, ValueError) as error:  # GreenContextError and what CUDA raises are RuntimeErrors
         traceback.clear_frames(error.__traceback__)  # graphs that were captured must be gone before their streams are
@@ -62,8 +68,6 @@ def _make_ways(
     card: DecodeCard, options: PipelineOptions, manager: GreenManager, tools: PartitionTools
 ) -> list[PipelinedWay]:
     """One way where a split was named, or in static mode; else those of `auto_counts`."""
-    if card.graphs is None:  # other threads may be at products while steps are launched
-        tools = tools._replace(sized_for=lambda card_sms, num_sms: nullcontext())
     splits = manager.splits
     if options.mode == "auto" and not options.names_a_split:
         splits = [manager.prepare(*counts) for counts in auto_counts(manager.card)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -84,4 +84,6 @@ def sm_limited_blas(card_sms: int, num_sms: int) -> Iterator[None]:
         torch.backends.cuda.preferred_blas_library(library)
 
 
-PARTITION_TOOLS = PartitionTools(triton_backend, sm_limited_blas)
+PARTITION_TOOLS = PartitionTools(triton_backend, sm_limited_blas)  # for captures
+# Steps are launched eagerly while other threads are at products: nothing of the whole process may be set.
+EAGER_TOOLS = PartitionTools(triton_backend, lambda card_sms, num_sms: nullcontext())

@@ -46,7 +46,6 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     monkeypatch.setattr(green_ctx, "_load_driver", lambda: fake)
     monkeypatch.setattr(green_ctx, "_wrap_stream", lambda handle, index: handle)
     monkeypatch.setattr(green_manager, "read_card", lambda device: CardSms(132, 8, 8))
-    monkeypatch.setattr(pipeline_start, "PARTITION_TOOLS", TOOLS)
     start = pipeline_start.start_pipeline
 
     def start_on_card_0(card: Any, options: Any) -> Any:
