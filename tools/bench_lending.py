@@ -27,11 +27,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bench_pipeline import DEVICE, PAGE_TOKENS, Captured, capture, limited_blas, make_model, partition_backend
+from bench_pipeline import DEVICE, PAGE_TOKENS, Captured, capture, make_model
 
 from bench_steps import Case
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.kv_cache import KVCache
+from nanovllm.engine.pipeline_ways import PARTITION_TOOLS
 from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, MixedMetadata, PrefillMetadata
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
@@ -156,7 +157,10 @@ def captured(
 ) -> Captured:
     """A step's graph; on a partition its kernels are told the partition's SMs."""
     backend, model = work.model.attention, work.model
-    limit: AbstractContextManager[None] = nullcontext() if num_sms is None else limited_blas(num_sms)
+    total = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    limit: AbstractContextManager[object] = (
+        nullcontext() if num_sms is None else PARTITION_TOOLS.sized_for(total, num_sms)
+    )
     run = which(work)
     torch.cuda.synchronize()
     try:
@@ -168,7 +172,7 @@ def captured(
 
 
 def on_partition(model: Qwen3ForCausalLM, num_sms: int | None) -> AttentionBackend:
-    return model.attention if num_sms is None else partition_backend(model, num_sms)
+    return model.attention if num_sms is None else PARTITION_TOOLS.backend(model, num_sms)
 
 
 # -- measuring
