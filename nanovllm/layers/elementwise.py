@@ -87,18 +87,22 @@ class TorchElementwise(Elementwise):
 
 
 class TritonElementwise(Elementwise):
-    """One kernel each. CUDA only."""
+    """One kernel each. CUDA only.
+
+    whole_card: the stream has all SMs. On a partition products are never split: cuBLASLt, told the number of SMs, is
+    faster there, and of eight rows or fewer our own (of two, cuBLASLt's fail with few SMs).
+    """
 
     name = "triton"
 
-    def __init__(self) -> None:
+    def __init__(self, whole_card: bool = True) -> None:
         # Here: a CPU build of torch comes without Triton.
         from nanovllm.kernels import skinny_gemm, split_gemm
         from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store
         from nanovllm.kernels.rms_norm import add_rms_norm
         from nanovllm.kernels.silu_mul import silu_mul
 
-        self._skinny, self._split = skinny_gemm, split_gemm
+        self._skinny, self._split, self._whole_card = skinny_gemm, split_gemm, whole_card
         self._add_rms_norm, self._qk_norm_rope_store, self._silu_mul = add_rms_norm, qk_norm_rope_store, silu_mul
 
     def add_norm(self, norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -123,7 +127,14 @@ class TritonElementwise(Elementwise):
         return self._skinny.skinny_linear(x, linear.weight) if self._is_skinny(x) else self._split_linear(linear, x)
 
     def _split_linear(self, linear: Linear, x: Tensor) -> Tensor:
-        return self._split.split_linear(x, linear.weight) if self._split.should_split(x, linear.weight) else linear(x)
+        return self._split.split_linear(x, linear.weight) if self._should_split(x, linear) else linear(x)
+
+    def _should_split(self, x: Tensor, linear: Linear) -> bool:
+        return self._whole_card and self._split.should_split(x, linear.weight)
+
+    def _product(self, linear: Linear, normed: Tensor) -> Tensor:
+        """Behind a norm that is a kernel of its own."""
+        return self._split_linear(linear, normed) if self._whole_card else self.linear(linear, normed)
 
     def _is_skinny(self, x: Tensor) -> bool:
         """Of few rows, which are the last dimension but one, of partial sums too: those are never of so few."""
@@ -133,12 +144,12 @@ class TritonElementwise(Elementwise):
         if self._is_skinny(x) and self._skinny.should_fuse(len(x)):
             return self._skinny.norm_linear(x, residual, norm.weight, norm.eps, linear.weight)
         normed, residual = self.add_norm(norm, x, residual)
-        return self._split_linear(linear, normed), residual
+        return self._product(linear, normed), residual
 
     def norm_swiglu(self, norm: RMSNorm, gate_up: Linear, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         if self._is_skinny(x) and self._skinny.should_fuse(len(x)):
             return self._skinny.norm_gate_up(x, residual, norm.weight, norm.eps, gate_up.weight)
         normed, residual = self.add_norm(norm, x, residual)
-        if self._split.should_split(normed, gate_up.weight):
+        if self._should_split(normed, gate_up):
             return self._split.split_gate_up(normed, gate_up.weight), residual
-        return self.silu_mul(gate_up(normed)), residual
+        return self.silu_mul(self._product(gate_up, normed)), residual
