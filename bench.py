@@ -25,10 +25,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from bench_compare import Comparison, add_point, compare
 from bench_curves import load_lines, plot
+from bench_decode_pipeline import add_pipeline_arguments, pipeline_config, start_on_one_card
 from bench_load import Load, LocalEngine, measure, warm_up_load
 from bench_load_options import add_load_arguments, check_together, each, load_of, positive
 from bench_report import identity, make_report, table_rows
 from bench_steps import DECODE_CASES, PREFILL_CASES, Case, Ceiling, bench_decode_steps, bench_prefill, step_lines
+from green_ctx import GreenContextError
 
 if TYPE_CHECKING:
     from nanovllm import LLM, SamplingParams
@@ -113,6 +115,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         seconds = time.perf_counter() - started
         figures = make_report(llm, outputs, seconds, before, llm.stats())
         folded = llm.model_config.vocab_size <= LARGEST_TOKEN_ID
+        figures |= pipeline_figures(llm)
     model = {"model": args.model, "shape": args.shape, "folded_token_ids": folded}
     return model | figures | {"arguments": vars(args)}
 
@@ -130,7 +133,13 @@ def run_steps(args: argparse.Namespace) -> dict[str, Any]:
             cases = args.cases or PREFILL_CASES
             figures["prefill"] = bench_prefill(llm, cases, args.repeats, ceiling)
         model = {"model": args.model, "shape": args.shape, "ceiling": ceiling._asdict()}
-        return model | identity(llm) | figures | {"arguments": vars(args)}
+        return model | identity(llm) | figures | pipeline_figures(llm) | {"arguments": vars(args)}
+
+
+def pipeline_figures(llm: LLM) -> dict[str, Any]:
+    """What the decode pipeline did, both stages' mean times among it; nothing where none was asked for."""
+    statistics = llm.decode_runner.get_pipeline_statistics()
+    return {"decode_pipeline": statistics} if statistics else {}
 
 
 def run_load(args: argparse.Namespace) -> dict[str, Any]:
@@ -156,7 +165,7 @@ def run_rates(args: argparse.Namespace, load: Load, stack: ExitStack) -> dict[st
 
 
 def run_comparison(args: argparse.Namespace, load: Load, stack: ExitStack) -> dict[str, Any]:
-    options = engine_options(args)
+    options = engine_options(args) | pipeline_config(args)
     ids = options.pop("prefill_device_id", 0), options.pop("decode_device_id", 1)
     warm_up_tokens = args.input_len if args.warmup else None
     lists = args.compare, args.budgets, args.request_rate
@@ -172,7 +181,11 @@ def make_llm(args: argparse.Namespace, stack: ExitStack) -> LLM:
     """The engine to measure, closed with the stack."""
     from nanovllm import LLM
 
-    return stack.enter_context(LLM(make_folder(args, stack), **engine_options(args)))
+    options, pipeline = engine_options(args), pipeline_config(args)
+    llm = stack.enter_context(LLM(make_folder(args, stack), **options | (pipeline if args.two_gpus else {})))
+    if pipeline and not args.two_gpus:
+        start_on_one_card(llm, pipeline)
+    return llm
 
 
 def make_folder(args: argparse.Namespace, stack: ExitStack) -> str:
@@ -234,6 +247,7 @@ def make_parser() -> Parser:
     add_step_arguments(parser.add_argument_group("single steps, instead of the workload"))
     add_load_arguments(parser.add_argument_group("load, instead of the workload", "definitions: bench_metrics.py"))
     add_engine_arguments(parser.add_argument_group("engine", "as in nanovllm.Config; left out: its defaults"))
+    add_pipeline_arguments(parser.add_argument_group("decode pipeline", "attention and FFN on two SM partitions"))
     return parser
 
 
@@ -284,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_together(args)
         figures = chosen_run(args)(args)
-    except (ValueError, FileNotFoundError) as error:  # the library's words for a caller's mistake
+    except (ValueError, FileNotFoundError, GreenContextError) as error:  # the library's words for a caller's mistake
         parser.error(str(error))
     print_figures(figures)
     return 0

@@ -56,6 +56,7 @@ class Comparison:
             cards = {"enable_two_gpu_pd": True, "prefill_device_id": first, "decode_device_id": second}
             return [self.options | cards | {"pd_roles": ROLES[mode]}]
         single = self.options | {"enable_two_gpu_pd": False, "max_num_batched_tokens": budget}
+        single["enable_decode_pipeline"] = False  # it divides a card that only decodes
         ids = (first, second) if mode == BASELINE else (first,)
         return [single | {"prefill_device_id": card} for card in ids]
 

@@ -16,8 +16,10 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bench_decode_pipeline import in_turn_with_sequential, pipeline_line
 from bench_report import host_figures
 
 if TYPE_CHECKING:
@@ -64,6 +66,8 @@ def bench_decode_steps(
         before = llm.stats()
         steps = [step_seconds(llm, prompts) for _ in range(repeats)]
         row = decode_row(llm.model_config, case, steps, ceiling) | {"host": host_figures(before, llm.stats())}
+        if llm.decode_runner.pipeline is not None:
+            row |= in_turn_with_sequential(llm, partial(step_seconds, llm, prompts), repeats)
         rows.append(row | (python_row(llm, prompts, repeats) if beside_python else {}))
     return rows
 
@@ -201,6 +205,7 @@ def step_lines(figures: dict[str, Any]) -> list[tuple[str, str]]:
             f"{row['step_ms']:.3f} ms a step, {row['spread_ms'][0]:.3f} to {row['spread_ms'][1]:.3f}; floor "
             f"{row['floor_ms']:.3f} ms ({row['share_of_floor']:.0%}), MBU {row['mbu']:.0%}, MFU {row['mfu']:.0%}; host "
             f"{row['host']['loop_ms']:.3f} + {row['host']['launch_ms']:.3f} ms"
+            + (pipeline_line(row) if "pipeline_ms" in row else "")
             + (
                 f"; from token to token {row['alone_ms']:.3f} ms, {row['beside_python_ms']:.3f} beside a Python thread"
                 if "beside_python_ms" in row
