@@ -131,6 +131,35 @@ def test_frozen() -> None:
         Config("m").seed = 1  # type: ignore[misc]
 
 
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"enable_decode_pipeline": True}, "enable_decode_pipeline=True needs enable_two_gpu_pd=True"),
+        ({"decode_pipeline": "dynamic"}, "decode_pipeline='dynamic' must be one of auto, static, disabled"),
+        ({"decode_attention_sm": 0}, "decode_attention_sm=0 must be an integer from 1 to"),
+        ({"decode_ffn_sm": True}, "decode_ffn_sm=True must be an integer from 1 to"),
+        ({"disable_green": 1}, "disable_green=1 must be True or False"),
+        ({"decode_pipeline_profiling": None}, "decode_pipeline_profiling=None must be True or False"),
+        (
+            dict(enable_two_gpu_pd=True, enable_decode_pipeline=True, decode_pipeline="static", disable_green=True),
+            "disable_green=True leaves nothing to decode_pipeline='static'",
+        ),
+    ],
+)
+def test_mistakes_about_the_decode_pipeline(options: dict[str, Any], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        Config("m", **options)
+
+
+def test_when_a_decode_pipeline_is_started() -> None:
+    on = dict(enable_two_gpu_pd=True, enable_decode_pipeline=True)
+    assert not Config("m").pipelines_decode and not Config("m", enable_two_gpu_pd=True).pipelines_decode
+    assert Config("m", **on).pipelines_decode and Config("m", **on).decode_pipeline == "auto"
+    assert Config("m", **on, decode_pipeline="static", decode_attention_sm=16, decode_ffn_sm=16).pipelines_decode
+    assert not Config("m", **on, decode_pipeline="disabled").pipelines_decode
+    assert Config("m", **on, disable_green=True).pipelines_decode, "it runs over one stream, and tells"
+
+
 def test_config_and_scheduler_import_no_torch() -> None:
     modules = "nanovllm.config, nanovllm.engine.scheduler, nanovllm.engine.llm_engine"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
