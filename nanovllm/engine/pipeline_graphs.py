@@ -30,39 +30,54 @@ class StageSeconds(NamedTuple):
     wall: float
 
 
+class TimedStage(NamedTuple):
+    """A stage between two events of its lane."""
+
+    lane: Lane
+    layer: int
+    begin: torch.cuda.Event
+    end: torch.cuda.Event
+
+
 class StageTimer:
     """Runs the stages of a step, each between two timing events of its lane.
 
     make_event: of events that stay usable when the step is replayed from a graph, and mark their lane when recorded.
+    `stages`: those of the last run, in the order of issue.
     """
 
     def __init__(self, stages: Stages, make_event: Callable[[], torch.cuda.Event]) -> None:
-        self._stages, self._make_event = stages, make_event
-        self._pairs: dict[Lane, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {"attention": [], "ffn": []}
-        self._first: torch.cuda.Event | None = None
+        self._run, self._make_event = stages.run, make_event
+        self.stages: list[TimedStage] = []
 
     def run(self, lane: Lane, layer: int, batch: MicroBatch, state: State) -> State:
         """`Stages.run`, timed; the current stream is the lane's."""
         begin, end = self._make_event(), self._make_event()
         begin.record()
-        result = self._stages.run(lane, layer, batch, state)
+        result = self._run(lane, layer, batch, state)
         end.record()
-        self._pairs[lane].append((begin, end))
-        self._first = self._first or begin
+        self.stages.append(TimedStage(lane, layer, begin, end))
         return result
 
     def clear(self) -> None:
         """Forget the stages of the run before."""
-        self._pairs, self._first = {"attention": [], "ffn": []}, None
+        self.stages = []
 
     def seconds(self) -> StageSeconds:
         """Of the last step, which must have ended."""
-        assert self._first is not None, "nothing was timed"
-        wall_s = self._first.elapsed_time(self._pairs["ffn"][-1][1]) / 1e3
+        assert self.stages, "nothing was timed"
+        wall_s = self.stages[0].begin.elapsed_time(self.stages[-1].end) / 1e3
         return StageSeconds(self._seconds_of("attention"), self._seconds_of("ffn"), wall_s)
 
     def _seconds_of(self, lane: Lane) -> float:
-        return sum(begin.elapsed_time(end) for begin, end in self._pairs[lane]) / 1e3
+        return sum(stage.begin.elapsed_time(stage.end) for stage in self.stages if stage.lane == lane) / 1e3
+
+    def spans_s(self, since: torch.cuda.Event) -> list[tuple[Lane, int, float, float]]:
+        """(lane, layer, begin, end) of each stage, in seconds since an event ahead of the step, which has ended."""
+        return [
+            (lane, layer, since.elapsed_time(begin) / 1e3, since.elapsed_time(end) / 1e3)
+            for lane, layer, begin, end in self.stages
+        ]
 
 
 class PipelineGraphs:

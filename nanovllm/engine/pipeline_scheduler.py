@@ -281,8 +281,10 @@ class DecodePipelineScheduler:
         )
 
     def watched(self, handle: StepHandle) -> StepHandle:
-        """The handle of the step just launched: with `debug`, its result will be logged."""
-        return handle.tell(partial(self._log, self.last)) if self.debug and self.last is not None else handle
+        """The handle of the step just launched, which knows of its stages; with `debug`, its result will be logged."""
+        assert self.last is not None, "no step was launched"
+        handle.stages = self.last.timer
+        return handle.tell(partial(self._log, self.last)) if self.debug else handle
 
     def _log(self, launched: Launched, token_ids: Sequence[int]) -> None:
         seconds = self._clock.seconds(launched.begin, launched.end) if self._clock is not None else None

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nanovllm.engine.shards import StepResult, TokenLogprobs
 
+if TYPE_CHECKING:
+    from nanovllm.engine.pipeline_graphs import StageTimer
+
 
 class StepHandle:
     """A launched step. `start` and `event`, timing events, mark its begin and end on the card; None on a CPU, where it
-    has ended already."""
+    has ended already. `stages`: when each of its stages ran, where they were timed."""
 
     def __init__(
         self,
@@ -25,6 +29,7 @@ class StepHandle:
         self._host = [_to_host(tensor) for tensor in (token_ids, *logprobs)]
         self.start = start
         self.event = None if start is None else timed_event()
+        self.stages: StageTimer | None = None
         self._watcher: Callable[[list[int]], None] | None = None
 
     @property

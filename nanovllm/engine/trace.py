@@ -1,8 +1,9 @@
 """What every card did and when, on the host's clock: JSON that ui.perfetto.dev and chrome://tracing open.
 
 Format: Google's "Trace Event Format", https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
-A process per card with a lane each for prefill, decode, steps that are both, and the copies that leave it; one for the
-host with the engine loop; and an arrow from each prompt's last chunk through its last copy to its first decode step.
+A process per card with a lane each for prefill, decode, steps that are both, and the copies that leave it, and for both
+stages of a pipelined decode step that was timed; one for the host with the engine loop; and an arrow from each prompt's
+last chunk through its last copy to its first decode step.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 MAX_SPANS = 1_000_000  # what follows is dropped and counted: a forgotten trace must not eat the host's memory
 HOST = -1  # where a card's number stands
-LANES = ("scheduler", "prefill", "decode", "mixed", "copy")
+STAGE_LANES = ("attention", "ffn")
+LANES = ("scheduler", "prefill", "decode", "mixed", "copy", *STAGE_LANES)
 JUST_PREFILLED = frozenset({State.COPYING, State.READY})  # of a sequence whose last chunk has just completed
 CALIBRATIONS = 5
 REBASE_S = 1.0
@@ -96,6 +98,14 @@ class TraceRecorder:
         span = Span(lane, card, begin_s, end_s, args)
         if self._add(span):
             self._follow(span, job.shard, sampled)
+            self._add_stages(job, span)
+
+    def _add_stages(self, job: Job, step: Span) -> None:
+        stages, start = getattr(job.handle, "stages", None), getattr(job.handle, "start", None)
+        if stages is None or start is None:
+            return
+        for lane, layer, begin_s, end_s in stages.spans_s(start):
+            self._add(Span(lane, step.card, step.begin_s + begin_s, step.begin_s + end_s, {"layer": layer}))
 
     def add_iteration(self, begin_s: float, messages: int, completed: int, launched: int) -> None:
         """One iteration of the engine loop, ending now."""
@@ -139,22 +149,25 @@ class TraceRecorder:
         spans, flows = list(self._spans), list(self._flows)  # one collected just now may still be added
         arrows = [arrow for number, flow in enumerate(flows) for arrow in self._arrows(number, *flow)]
         return {
-            "traceEvents": [*self._names(), *map(self._slice, spans), *arrows],
+            "traceEvents": [*self._names(spans), *map(self._slice, spans), *arrows],
             "displayTimeUnit": "ms",
             "otherData": {"dropped_spans": self._num_dropped, "max_spans": MAX_SPANS},
         }
 
-    def _names(self) -> Iterator[dict[str, Any]]:
+    def _names(self, spans: list[Span]) -> Iterator[dict[str, Any]]:
+        used = {(span.lane, span.card) for span in spans}
         for card in (HOST, *range(len(self._clocks))):
             name = "host" if card == HOST else f"card {card}"
             yield {"ph": "M", "name": "process_name", "pid": _pid(card), "args": {"name": name}}
             for lane in LANES[:1] if card == HOST else LANES[1:]:
+                if lane in STAGE_LANES and (lane, card) not in used:
+                    continue
                 title = {"name": self._title(lane, card)}
                 yield {"ph": "M", "name": "thread_name", **_place(lane, card), "args": title}
 
     def _title(self, lane: str, card: int) -> str:
         other = len(self._clocks) - 1 - card  # of two cards; one copies within itself
-        return f"copies to card {other}" if lane == "copy" else lane
+        return {"copy": f"copies to card {other}", "attention": "StageA", "ffn": "StageF"}.get(lane, lane)
 
     def _slice(self, span: Span) -> dict[str, Any]:
         begin_us = self._us(span.begin_s)

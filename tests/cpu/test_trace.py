@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from nanovllm import DEMO_MODEL, LLM, SamplingParams
 from nanovllm.engine import trace as trace_module
 from nanovllm.engine.executor import Job
+from nanovllm.engine.pipeline_graphs import StageTimer, TimedStage
 from nanovllm.engine.shards import DecodeShard
 from nanovllm.engine.trace import DeviceClock, TraceRecorder
 from tests.random_work import TINY, Work, answers, check_nothing_left
@@ -327,6 +329,27 @@ def test_a_job_of_a_card_is_shown_when_the_card_ran_it(clock: DeviceClock) -> No
     assert span["ts"] == pytest.approx(500_000, abs=200) and span["dur"] == pytest.approx(2000, abs=1)
     assert span["args"] == {"step": 4, "rows": 3, "tokens": 3, "max_context_tokens": 77} and span["pid"] == 3
     assert (host_span["ts"], host_span["dur"]) == (pytest.approx(1e6, abs=1), pytest.approx(1e6, abs=1))
+
+
+def test_the_stages_of_a_timed_step_have_lanes_of_their_own(clock: DeviceClock) -> None:
+    recorder = TraceRecorder([None, clock])
+    begin_s = recorder._origin_s - FakeEvent.epoch_s + 0.5
+    handle = FakeStepHandle(begin_s, begin_s + 0.009)
+    stages = {"ffn": (1, 3), "attention": (2, 6)}
+    timer = StageTimer(SimpleNamespace(run=None), FakeEvent)  # type: ignore[arg-type]
+    for lane, times_ms in stages.items():
+        begin, end = (FakeEvent(time_s=begin_s + ms / 1e3) for ms in times_ms)
+        timer.stages.append(TimedStage(lane, 7, begin, end))  # type: ignore[arg-type]
+    handle.stages = timer  # type: ignore[attr-defined]
+    recorder.add_job(Job(DecodeShard(1, 4, (0,), 77), handle=handle), [])
+    events_out = recorder.as_dict()["traceEvents"]
+    found = {lane: spans(events_out, lane) for lane in ("ffn", "attention")}
+    (ffn,), (attention,) = found["ffn"], found["attention"]
+    assert (ffn["dur"], attention["dur"]) == (pytest.approx(2000, abs=2), pytest.approx(4000, abs=2))
+    assert attention["ts"] - ffn["ts"] == pytest.approx(1000, abs=2) and ffn["args"] == {"layer": 7}
+    named = {(e["pid"], e["tid"]): e["args"]["name"] for e in events_out if e["name"] == "thread_name"}
+    assert (named[3, ffn["tid"]], named[3, attention["tid"]]) == ("StageF", "StageA")
+    assert sorted(named.values()).count("StageA") == 1, "a card whose steps had no stages has no lanes for them"
 
 
 # -- what overlaps
