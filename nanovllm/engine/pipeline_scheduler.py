@@ -162,6 +162,7 @@ class DecodePipelineScheduler:
             step = self.choice.next(place)
             if step.way == SEQUENTIAL or self._move_to(step.way):
                 return step
+            self.choice.steps_by_way[step.way] -= 1  # it did not come to that
         way = SEQUENTIAL
         if self.mode_running == "static" and self.ways is not None:
             way = next(iter(self.ways.names_at(place)), SEQUENTIAL)

@@ -138,6 +138,8 @@ def test_after_a_failing_move_every_step_is_sequential(fails_after: int, caplog:
     scheduler = scheduler_of(card)
     decode(scheduler, 80)
     assert len(card.ran) == 80, "no step was dropped"
+    counts = scheduler.get_pipeline_statistics()["steps_by_way"]
+    assert {way: count for way, count in counts.items() if count} == {way: card.ran.count(way) for way in {*card.ran}}
     assert card.ran[-40:] == [SEQUENTIAL] * 40
     assert scheduler.mode_running == "sequential" and scheduler.cause == "lost"
     assert caplog.text.count("Failed to initialize Green Context: lost") == 1
