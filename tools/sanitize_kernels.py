@@ -50,6 +50,7 @@ from tools.sanitize_cases import (
     push_case,
     qk_case,
     race_case,
+    shares_case,
     silu_case,
     skinny_case,
     skinny_norm_case,
@@ -88,6 +89,10 @@ CASES: dict[str, tuple[Case, ...]] = {  # by module of nanovllm/kernels
     "paged_prefill_hopper": (
         prefill_case(WIDE, (64, 1, 37), (0, 63, 91), tma=True),
         prefill_case(WIDE, (40, 0, 17), (0, 0, 175), tma=True),
+    ),
+    "paged_decode_hopper": (
+        shares_case(WIDE, (64, 1, 0, 65, 192), num_sms=3),
+        shares_case(Pages(group=4, kv_heads=2, head_dim=128, page=32), (33, 700), num_sms=8),
     ),
     "decode_state": (gather_case(16), gather_case(64), advance_case(end_id=42), advance_case(end_id=43)),
     "race": (race_case(5000, True), race_case(5000, False), race_case(4096, True)),

@@ -312,6 +312,7 @@ def test_engines_of_the_modes() -> None:
     lists: Any = (["one"], [512], [Rate.parse("1")], bench_load.Load(Workload()))
     plan = bench_compare.Comparison("m", {"max_num_seqs": 8}, (2, 5), *lists)
     single = {"max_num_seqs": 8, "enable_two_gpu_pd": False, "max_num_batched_tokens": 512}
+    single["enable_decode_pipeline"] = False
     assert plan.engines("one", 512) == [single | {"prefill_device_id": 2}]
     assert plan.engines("two-replicas", 512) == [single | {"prefill_device_id": card} for card in (2, 5)]
     pair = {"max_num_seqs": 8, "enable_two_gpu_pd": True, "prefill_device_id": 2, "decode_device_id": 5}
