@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from nanovllm.models.qwen3 import Qwen3Attention
 
 
+MIN_LT_SMS = 32  # on 12 and 16 SMs, CUDA 13.0's cuBLASLt failed at 2 and 16 rows
+
+
 class Elementwise(ABC):
     """Residual sum and norm; head norms, RoPE and KV store; SiLU product."""
 
@@ -89,20 +92,21 @@ class TorchElementwise(Elementwise):
 class TritonElementwise(Elementwise):
     """One kernel each. CUDA only.
 
-    whole_card: the stream has all SMs. On a partition products are never split: cuBLASLt, told the number of SMs, is
-    faster there, and of eight rows or fewer our own (of two, cuBLASLt's fail with few SMs).
+    num_sms: of the stream's partition; None: the whole card. On a partition cuBLASLt, told the number of SMs, is faster
+    than our split products, but for few rows it may choose a kernel that cannot run on a small one.
     """
 
     name = "triton"
 
-    def __init__(self, whole_card: bool = True) -> None:
+    def __init__(self, num_sms: int | None = None) -> None:
         # Here: a CPU build of torch comes without Triton.
         from nanovllm.kernels import skinny_gemm, split_gemm
         from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store
         from nanovllm.kernels.rms_norm import add_rms_norm
         from nanovllm.kernels.silu_mul import silu_mul
 
-        self._skinny, self._split, self._whole_card = skinny_gemm, split_gemm, whole_card
+        self._skinny, self._split, self._on_partition = skinny_gemm, split_gemm, num_sms is not None
+        self._splits = num_sms is None or num_sms < MIN_LT_SMS
         self._add_rms_norm, self._qk_norm_rope_store, self._silu_mul = add_rms_norm, qk_norm_rope_store, silu_mul
 
     def add_norm(self, norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -130,11 +134,11 @@ class TritonElementwise(Elementwise):
         return self._split.split_linear(x, linear.weight) if self._should_split(x, linear) else linear(x)
 
     def _should_split(self, x: Tensor, linear: Linear) -> bool:
-        return self._whole_card and self._split.should_split(x, linear.weight)
+        return self._splits and self._split.should_split(x, linear.weight)
 
     def _product(self, linear: Linear, normed: Tensor) -> Tensor:
         """Behind a norm that is a kernel of its own."""
-        return self._split_linear(linear, normed) if self._whole_card else self.linear(linear, normed)
+        return self.linear(linear, normed) if self._on_partition else self._split_linear(linear, normed)
 
     def _is_skinny(self, x: Tensor) -> bool:
         """Of few rows, which are the last dimension but one, of partial sums too: those are never of so few."""

@@ -27,7 +27,7 @@ class TritonAttention(AttentionBackend):
         if head_dim < 16 or head_dim & (head_dim - 1):
             raise ValueError(f"attention backend 'triton' needs a head_dim of 16, 32, 64, …, not {head_dim}")
         self.num_sms = num_sms
-        self.elementwise = TritonElementwise(whole_card=num_sms is None)
+        self.elementwise = TritonElementwise(num_sms)
 
     def store_kv(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:
         store_kv(k, v, k_pages, v_pages, slot_mapping, num_sms=self.num_sms)
