@@ -30,7 +30,7 @@ class Config:
     one whose result the host is waiting for (None: one where a step takes 5 ms or more, else two).
     `max_num_batched_tokens`: of a step; on one card, of prompts and decode rows together.
     `pd_roles`: "strict" cards prefill or decode; "elastic" ones help each other out. `itl_slo_ms`: what a decode step
-    may take with a part of a prompt in it (None: twice what it takes without); elastic roles only.
+    of card 1 may take for it to take a prompt too (None: twice what it takes without); elastic roles only.
     `enable_decode_pipeline`: decode steps of card 1 may run attention and FFN on two partitions of its SMs, if
     `decode_pipeline` lets them: "auto" takes what measures fastest, one stream included, and where partitions cannot be
     had says so and decodes over one stream; "static" always takes one split, or raises; "disabled" never does.

@@ -14,8 +14,8 @@ WEIGHT = 0.2  # of a new measurement in a moving average
 class Pace:
     """Moving averages of device seconds. Before the first measurement a chunk is the smallest.
 
-    `max_num_seqs`: the most decode rows of a card. `itl_slo_ms`: what a step with a chunk may take; None: twice what it
-    takes without.
+    `max_num_seqs`: the most decode rows of a card. `itl_slo_ms`: what a step of the last card may take with a chunk;
+    None, and on other cards: twice what it takes without.
     """
 
     def __init__(self, num_cards: int, max_num_seqs: int, itl_slo_ms: float | None) -> None:
@@ -38,14 +38,22 @@ class Pace:
             self.decode_s[shard.card] = _average(self.decode_s[shard.card], alone_s)
 
     def chunk_tokens(self, card: int, num_rows: int) -> int:
-        """Prompt tokens that the next step of `card` has room for beside so many rows: one of `chunk_sizes`, or 0
-        beyond the SLO."""
-        decode_s, sizes = self.decode_s[card], chunk_sizes(num_rows, self._max_num_seqs)
-        if not (decode_s and self.token_s):
+        """Prompt tokens that the next step of `card` has room for beside so many rows: one of `chunk_sizes`, if need be
+        the smallest."""
+        sizes = chunk_sizes(num_rows, self._max_num_seqs)
+        if not (self.decode_s[card] and self.token_s):
             return sizes[0]
-        room_s = decode_s if self._slo_s is None else self._slo_s - decode_s
-        fitting = [size for size in sizes if size * self.token_s <= room_s]
-        return max(fitting, default=sizes[0] if self._slo_s is None else 0)
+        return max((size for size in sizes if size * self.token_s <= self._room_s(card)), default=sizes[0])
+
+    def keeps_slo(self, card: int, num_rows: int) -> bool:
+        """Whether the smallest chunk still fits under the SLO of `card` beside so many rows. Without an SLO it does."""
+        if self._slo_s is None or num_rows == 0:
+            return True
+        return chunk_sizes(num_rows, self._max_num_seqs)[0] * self.token_s <= self._room_s(card)
+
+    def _room_s(self, card: int) -> float:
+        decode_s, is_last = self.decode_s[card], card == len(self.decode_s) - 1
+        return decode_s if self._slo_s is None or not is_last else self._slo_s - decode_s
 
     def seconds_of(self, num_tokens: int) -> float:
         """What a card takes for so many prompt tokens; infinite as long as none was measured."""

@@ -150,7 +150,7 @@ class Scheduler:
         return chosen
 
     def _budget_tokens(self, card: int) -> int:
-        """Prompt tokens that the next step of a card may compute. 0: it has rows to decode, and they have no room."""
+        """Prompt tokens that the next step of a card may compute; 0: its rows may not be launched now."""
         most, batch = self.config.max_num_batched_tokens, self.batches.get(card)
         rows = batch.num_rows if batch is not None else 0
         if batch is not None and rows and not batch.may_launch:
@@ -205,6 +205,8 @@ class Scheduler:
             return False
         if self.pace.seconds_of(self.num_waiting_tokens) < HELP_AFTER_S or not self._has_slots(main, group):
             return False
+        if not self.pace.keeps_slo(main.card, main.num_rows):
+            return False  # for a prompt once begun it is no limit: others may wait for its blocks
         if 2 * self.handoff.num_cached_tokens(group) > group.num_tokens or not self._admit(group, main.card, main):
             return False
         self.counts["helped"] += 1

@@ -104,6 +104,34 @@ def test_a_prompt_that_card_0_has_cached_stays_there() -> None:
     assert plan.scheduler.counts["helped"] == 0 and again.request.num_cached_tokens == 8
 
 
+def slo_plan(monkeypatch: pytest.MonkeyPatch, plan: Plan, decode_s: float) -> None:
+    """Steps of the plan take 7 ms for a smallest chunk, under an SLO of 12 ms, and without one as long as given."""
+    pace = plan.scheduler.pace
+    monkeypatch.setattr(pace, "record", lambda shard, seconds: None)
+    pace.token_s, pace.decode_s = 0.007 / pace.chunk_tokens(1, 1), [decode_s] * 2
+
+
+def test_beyond_the_slo_the_decode_card_takes_no_prompt_but_goes_on_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may wait for the blocks that it holds."""
+    plan = elastic(100, 100, max_num_batched_tokens=8, itl_slo_ms=12.0)
+    plan.add(6)
+    plan.fill()
+    slo_plan(monkeypatch, plan, decode_s=0.004)
+    for _ in range(4):
+        plan.add(16)
+    monkeypatch.setattr(scheduling, "HELP_AFTER_S", 0.0)
+    plan.launch_all(Shard)
+    helped = plan.scheduler.prefilling[1][0].leader
+    slo_plan(monkeypatch, plan, decode_s=0.008)
+    for _ in range(12):
+        plan.turn(MixedShard, DecodeShard)
+    assert helped.num_output_tokens and plan.scheduler.counts["helped"] == 1
+    slo_plan(monkeypatch, plan, decode_s=0.004)
+    plan.turn(MixedShard, DecodeShard)
+    assert plan.scheduler.counts["helped"] == 2
+    plan.drain()
+
+
 # -- card 0 keeps, decodes and hands off
 
 
@@ -141,6 +169,16 @@ def test_it_is_handed_off_when_prompts_queue_and_there_is_room() -> None:
     assert copy.after_step >= 1, "not before the last step that wrote its blocks"
     plan.drain()
     assert plan.scheduler.counts["hand_offs"] >= 1 and kept.num_output_tokens == 20
+
+
+def test_a_prompt_outranks_the_rows_that_card_0_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = kept_plan(itl_slo_ms=12.0)
+    slo_plan(monkeypatch, plan, decode_s=0.007)
+    (late,) = plan.add(9, max_tokens=5)
+    for _ in range(8):
+        plan.turn(PrefillShard, MixedShard, DecodeShard, CopyShard)
+    assert late.num_output_tokens and plan.sequences[2].num_output_tokens < 20
+    plan.drain()
 
 
 def test_without_prompts_it_stays() -> None:
@@ -236,9 +274,11 @@ def test_a_chunk_takes_as_long_as_the_step_it_travels_with() -> None:
 def test_a_chunk_keeps_to_the_slo() -> None:
     pace = Pace(2, 512, itl_slo_ms=20.0)
     pace.record(PrefillShard(0, 1, (_chunk(1000),)), 0.02)
-    for decode_s, tokens in ((0.005, 448), (0.0148, 192), (0.0163, 0), (0.03, 0)):
-        pace.decode_s[1] = decode_s
-        assert pace.chunk_tokens(1, 64) == tokens, decode_s
+    for decode_s, tokens, kept in ((0.005, 448, True), (0.0148, 192, True), (0.0163, 192, False), (0.03, 192, False)):
+        pace.decode_s = [decode_s, decode_s]
+        assert (pace.chunk_tokens(1, 64), pace.keeps_slo(1, 64)) == (tokens, kept), decode_s
+    assert pace.chunk_tokens(0, 64) == 960, "on card 0 prompts come first"
+    assert pace.keeps_slo(1, 0), "nobody waits"
 
 
 def test_a_mixed_step_tells_what_decoding_alone_would_take() -> None:
