@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -16,11 +20,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from nanovllm.engine import scheduler
+from nanovllm.engine import pace, scheduler, step_sizes
+from nanovllm.engine.pace import Pace
+from nanovllm.engine.request_states import State
+from nanovllm.engine.scheduler import HELP_AFTER_S, Scheduler
 from nanovllm.sampling_params import SamplingParams
 from tests.sim.plants import PLANTS
 from tests.sim.simulated_device import VOCABULARY
-from tests.sim.world import World, random_world, run_random, tiny_config
+from tests.sim.world import SLOS_MS, World, random_world, run_random, tiny_config
 
 configs = st.fixed_dictionaries(
     {
@@ -30,8 +37,9 @@ configs = st.fixed_dictionaries(
         "max_num_batched_tokens": st.sampled_from([3, 8, 64]),
         "enable_prefix_caching": st.sampled_from([True, True, False]),
         "overlap": st.sampled_from([True, True, True, False]),
-        "run_ahead": st.integers(1, 4),
+        "run_ahead": st.sampled_from([None, 1, 2, 3, 4]),
         "pd_roles": st.sampled_from(["elastic", "elastic", "strict"]),
+        "itl_slo_ms": st.sampled_from(SLOS_MS),
     }
 )
 params = st.builds(
@@ -51,10 +59,15 @@ prompts = st.builds(
 
 
 @pytest.fixture(autouse=True)
-def card_0_takes_over_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches are small here, and steps take no time."""
-    monkeypatch.setattr(scheduler, "BALANCE_AFTER_S", 0.0)
+def small_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches and prompts are small here."""
+    monkeypatch.setattr(scheduler, "BALANCE_AFTER_S", 0.004)
     monkeypatch.setattr(scheduler, "BALANCE_ROWS", 1)
+    monkeypatch.setattr(scheduler, "MOVES_IN_FLIGHT", 2)
+    monkeypatch.setattr(pace, "MEASURED_TOKENS", 1)
+    monkeypatch.setattr(step_sizes, "STEP_TOKENS", (4, 8, 16))
+    monkeypatch.setattr(step_sizes, "MIN_CHUNK_TOKENS", 1)
+    monkeypatch.setattr(step_sizes, "MIN_BUCKET", 2)
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -143,13 +156,42 @@ def test_random_worlds(first: int) -> None:
         run_random(seed)
 
 
-def test_random_worlds_reach_every_path() -> None:
+@pytest.fixture
+def reached(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often places were passed that only measured seconds lead to."""
+    counts: Counter[str] = Counter()
+
+    def note(owner: type, name: str, label: Callable[[Any, State | None, Any], str]) -> None:
+        sound = getattr(owner, name)
+
+        def noted(self: Any, *args: Any) -> Any:
+            state = getattr(args[0], "state", None)
+            result = sound(self, *args)
+            counts[label(self, state, result)] += 1
+            return result
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(Scheduler, "_take_over", lambda _, state, taken: f"take over {state.name if state else None}: {taken}")
+    note(Scheduler, "_help", lambda plan, _, helped: f"help, seconds known {plan.pace.token_s > 0}: {helped}")
+    note(Pace, "seconds_of", lambda _, __, seconds: f"queue long enough: {HELP_AFTER_S <= seconds < math.inf}")
+    note(Pace, "keeps_slo", lambda _, __, kept: f"slo kept: {kept}")
+    note(Pace, "chunk_tokens", lambda _, __, tokens: f"chunk of {tokens}")
+    return counts
+
+
+def test_random_worlds_reach_every_path(reached: Counter[str]) -> None:
     """The worlds above are worth running only if they evacuate, recompute, pause, write back, hit prefixes and bend."""
     counts = random_world(0).scheduler.counts
-    for seed in range(40):
+    for seed in range(100):
         counts.update(run_random(seed).scheduler.counts)
     plain = ("evacuations", "recomputes", "pauses", "cached_tokens", "write_backs")
     assert all(counts[name] for name in (*plain, "helped", "hand_offs", "taken_over")), counts
+    paced = ("take over DECODING: True", "take over READY: True", "help, seconds known True: True")
+    limits = [f"{limit}: {kept}" for limit in ("queue long enough", "slo kept") for kept in (True, False)]
+    sizes = {size for rows in range(1, 9) for size in step_sizes.chunk_sizes(rows, 8)}
+    missing = [name for name in (*paced, *limits, *(f"chunk of {size}" for size in sizes)) if not reached[name]]
+    assert not missing, f"{missing} of {reached}"
 
 
 @pytest.mark.slow

@@ -13,6 +13,8 @@ from nanovllm.engine.sequence import Request
 from nanovllm.sampling_params import SamplingParams
 from tests.sim.simulated_device import EOS, VOCABULARY, SimulatedExecutor, expected_tokens
 
+SLOS_MS = (None, None, 3.5, 12.0, 25.0, 80.0)  # of cards whose rows take a millisecond each
+
 
 def tiny_config(block_size: int = 4, **kwargs) -> Config:
     """A configuration for tests; block sizes below the public ones make every boundary frequent."""
@@ -131,8 +133,9 @@ def random_world(seed: int) -> World:
         max_num_batched_tokens=rng.choice([3, 8, 64]),
         enable_prefix_caching=rng.random() < 0.8,
         overlap=rng.random() < 0.85,
-        run_ahead=rng.choice([1, 2, 3, 4]),
+        run_ahead=rng.choice([None, 1, 2, 3, 4]),
         pd_roles=rng.choice(["elastic", "elastic", "strict"]),
+        itl_slo_ms=rng.choice(SLOS_MS),
         decode_backlog_high=high,
         decode_backlog_low=high - 1 - rng.randrange(high - 1),
     )
