@@ -34,6 +34,7 @@ from nanovllm.engine.shards import (
     StepResult,
     TokenLogprobs,
 )
+from nanovllm.engine.step_sizes import tokens_within
 
 PREFILL_STEPS_IN_FLIGHT = 2  # one computes, one waits in the card's queue: the host never starves the card
 PREFILL_TOKENS = 8192  # of a step of card 0 with elastic roles: what it has launched, card 1 cannot take any more
@@ -158,7 +159,7 @@ class Scheduler:
         if self.elastic:
             alone = PREFILL_TOKENS if card == self.prefill_card else HELP_ALONE_TOKENS
             return min(most, self.pace.chunk_tokens(card, rows) if rows else alone)
-        return most if card != self.decode_card else max(1, most - rows)
+        return most if card != self.decode_card else tokens_within(most, rows, self.config.max_num_seqs)
 
     def _prefill_candidates(self, card: int) -> Iterator[PrefillGroup]:
         yield from [group for group in self.prefilling[card] if group.num_launched_tokens < group.num_tokens]

@@ -20,14 +20,28 @@ def row_buckets(max_num_seqs: int) -> list[int]:
 
 def chunk_sizes(num_rows: int, max_num_seqs: int) -> list[int]:
     """Numbers of prompt tokens that fill a step of so many decode rows, ascending."""
-    bucket = next(size for size in row_buckets(max_num_seqs) if size >= num_rows)
+    bucket = _bucket_of(num_rows, max_num_seqs)
     return [total - bucket for total in _totals(bucket)]
+
+
+def tokens_within(budget_tokens: int, num_rows: int, max_num_seqs: int) -> int:
+    """Prompt tokens beside so many decode rows in a step of at most `budget_tokens`, at least 1: of a budget within
+    STEP_TOKENS the most that fill one of them, padding included, else what the rows leave."""
+    rest = max(1, budget_tokens - num_rows)
+    if num_rows == 0 or budget_tokens > STEP_TOKENS[-1]:
+        return rest
+    bucket = _bucket_of(num_rows, max_num_seqs)
+    return max((total - bucket for total in _totals(bucket) if total <= budget_tokens), default=rest)
 
 
 def captured_sizes(max_num_seqs: int, max_tokens: int) -> list[tuple[int, int]]:
     """(prompt tokens, decode rows) to capture, for steps of at most `max_tokens` and `max_num_seqs`, ascending."""
     sizes = {(min(t - b, max_tokens), b) for b in row_buckets(max_num_seqs) for t in _totals(b)[:-1]}
     return sorted(sizes, key=lambda size: (sum(size), size))
+
+
+def _bucket_of(num_rows: int, max_num_seqs: int) -> int:
+    return next(size for size in row_buckets(max_num_seqs) if size >= num_rows)
 
 
 def _totals(bucket: int) -> list[int]:

@@ -37,6 +37,17 @@ def test_one_card_mixes_chunks_and_rows_under_one_budget() -> None:
     plan.drain()
 
 
+def test_one_card_fills_captured_steps() -> None:
+    plan = Plan(800, max_num_batched_tokens=512, max_num_seqs=20, run_ahead=1)
+    for _ in range(3):
+        plan.add(5)
+    plan.fill()
+    plan.add(1000)
+    (mixed,) = of_card(plan.schedule(), 0)
+    assert isinstance(mixed, MixedShard) and mixed.prefill.num_tokens == 496  # and the rows as 16
+    plan.drain()
+
+
 def test_a_chunk_travels_with_the_rows_or_waits_for_them() -> None:
     """Alone, it would make them wait for as long as it takes, and they would get nothing for it."""
     plan = Plan(60, max_num_batched_tokens=10, run_ahead=1)

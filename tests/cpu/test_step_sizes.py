@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nanovllm.engine.step_sizes import MIN_CHUNK_TOKENS, captured_sizes, chunk_sizes, row_buckets
+from nanovllm.engine.step_sizes import MIN_CHUNK_TOKENS, captured_sizes, chunk_sizes, row_buckets, tokens_within
 
 
 def test_which_steps_are_captured() -> None:
@@ -27,3 +27,22 @@ def test_a_chunk_fills_a_captured_step(max_num_seqs: int) -> None:
         bucket = min(rows for _, rows in captured if rows >= num_rows)
         assert sizes == sorted(set(sizes)) and sizes[0] >= MIN_CHUNK_TOKENS
         assert all((size, bucket) in captured for size in sizes[:-1]) and (sizes[-1], bucket) not in captured
+
+
+@pytest.mark.parametrize(
+    ("budget", "rows", "tokens"),
+    [
+        (512, 0, 512), (512, 20, 480), (512, 130, 256), (512, 256, 256), (300, 20, 224), (1500, 20, 992),
+        (2048, 20, 2016), (2048, 300, 1536), (2049, 20, 2029), (8192, 20, 8172),
+        (512, 300, 212), (512, 600, 1), (10, 3, 7),  # whatever the rows are padded to is more than the budget
+    ],
+)  # fmt: skip
+def test_rows_and_chunk_keep_to_a_budget(budget: int, rows: int, tokens: int) -> None:
+    assert tokens_within(budget, rows, 1024) == tokens
+
+
+def test_a_chunk_within_a_budget_fills_a_captured_step() -> None:
+    captured = captured_sizes(512, 512)
+    for rows in range(1, 257):
+        size = min((size for size in captured if size[0] >= tokens_within(512, rows, 512) and size[1] >= rows), key=sum)
+        assert sum(size) == 512
