@@ -13,9 +13,12 @@ from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillSh
 
 
 class Histogram:
-    """How often a duration fell between two bounds, each a tenth above the one before, from 1 µs to 100 s."""
+    """How often a duration fell between two bounds, each 2 % above the one before, from 1 µs to 100 s.
 
-    UPPER_MS = tuple(1e-3 * 1.1**i for i in range(195)) + (math.inf,)
+    8 kB of counts, which `stats()` copies; counting one takes 0.2 µs.
+    """
+
+    UPPER_MS = tuple(1e-3 * 1.02**i for i in range(933)) + (math.inf,)
 
     def __init__(self) -> None:
         self._counts = [0] * len(self.UPPER_MS)

@@ -20,12 +20,12 @@ def counted(histogram: Histogram) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e-6, 27e-6, 0.0123, 0.5, 99.0, 1e6])
-def test_a_duration_is_counted_within_a_tenth_of_itself(seconds: float) -> None:
+def test_a_duration_is_counted_within_2_percent_of_itself(seconds: float) -> None:
     histogram = Histogram()
     histogram.add(seconds)
     ((upper_ms, count),) = counted(histogram)
     assert count == 1 and upper_ms >= seconds * 1e3
-    assert upper_ms <= max(1e-3, seconds * 1e3 * 1.1 + 1e-12) or upper_ms == math.inf
+    assert upper_ms <= max(1e-3, seconds * 1e3 * 1.02 + 1e-12) or upper_ms == math.inf
 
 
 def decode_job(idle_s: float | None, num_entries: int = 0, card: int = 1) -> Job:
@@ -41,7 +41,7 @@ def test_gaps_count_only_where_a_sequence_goes_on() -> None:
     card = metrics.cards[1]
     ((gap_ms, gaps),) = counted(card.decode_gap_ms)
     ((period_ms, periods),) = counted(card.decode_period_ms)
-    assert gaps == periods == 1 and 1.0 <= gap_ms <= 1.1 and 6.0 <= period_ms <= 6.6
+    assert gaps == periods == 1 and 1.0 <= gap_ms <= 1.02 and 6.0 <= period_ms <= 6.12
 
 
 def test_mixed_steps_count_both_kinds_of_tokens() -> None:
