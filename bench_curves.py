@@ -71,7 +71,9 @@ def engine_text(engine: Stats) -> str:
     largest = max((gap for gap in gaps if gap is not None), default=None)
     copies = engine["copies"]
     rate = f" at {copies['gb_per_s']:.1f} GB/s" if copies["gb_per_s"] else ""
-    return f"busy {busy}, copied {copies['copied_bytes'] / 1e9:.2f} GB{rate}, decode gap max {number(largest)} ms"
+    bent = ", ".join(f"{name.replace('_', ' ')} {engine[name]}" for name in ("helped", "hand_offs", "taken_over"))
+    moved = f"copied {copies['copied_bytes'] / 1e9:.2f} GB{rate}"
+    return f"busy {busy}, {moved}, {bent}, decode gap max {number(largest)} ms"
 
 
 def turn_line(point: Stats) -> tuple[str, str]:

@@ -130,13 +130,14 @@ def percentile(ordered: Sequence[float], percent: float) -> float | None:
 
 
 def engine_figures(before: Stats, after: Stats, seconds: float) -> Stats:
-    """Each card's steps and busy share, copies, and what did not fit. Histograms where the engine keeps them."""
-    names = sorted(name for name in after if name.startswith("card") and "decode_steps" in after[name])
-    cards = [steps_of(before[name], after[name], seconds) for name in names]
-    for name, card in zip(names, cards, strict=True):
+    """Each card's steps and busy share, copies, what did not fit, how roles bent; histograms where it has any."""
+    keys = sorted(name for name in after if name.startswith("card") and "decode_steps" in after[name])
+    cards = [steps_of(before[name], after[name], seconds) for name in keys]
+    for name, card in zip(keys, cards, strict=True):
         for histogram in ("decode_gap_ms", "decode_period_ms"):
             card[histogram] = histogram_growth(before[name].get(histogram), after[name].get(histogram))
-    counts = {name: after[name] - before[name] for name in ("evacuations", "recomputes", "pauses", "write_backs")}
+    names = ("evacuations", "recomputes", "pauses", "write_backs", "helped", "hand_offs", "taken_over")
+    counts = {name: after[name] - before[name] for name in names}
     return {"cards": cards, "copies": copy_figures(before, after)} | counts
 
 

@@ -90,7 +90,7 @@ def host_figures(before: Stats, after: Stats) -> dict[str, float]:
     """Milliseconds of the host for each step of any card: of the engine loop, and of launching. Other threads may run
     in between, and the cards run all the while."""
     cards = [name for name in after if name.startswith("card") and "decode_steps" in after[name]]
-    kinds = ("prefill_steps", "decode_steps")
+    kinds = ("prefill_steps", "decode_steps", "mixed_steps")
     steps = sum(after[card][kind] - before[card][kind] for card in cards for kind in kinds)
     parts = {"loop_ms": "loop_seconds", "launch_ms": "launch_seconds"}
     return {name: round((after[key] - before[key]) / max(1, steps) * 1e3, 4) for name, key in parts.items()}
@@ -174,14 +174,27 @@ def latency_text(percentiles: dict[str, float | None]) -> str:
 
 
 def card_text(card: Stats) -> str:
-    work = [f"{kind} {card[f'{kind}_tokens']:,} tokens in {card[f'{kind}_steps']:,} steps, {rate_text(card, kind)}"
+    work = [f"{kind} {alone_tokens(card, kind):,} tokens in {card[f'{kind}_steps']:,} steps, {rate_text(card, kind)}"
             for kind in ("prefill", "decode")]  # fmt: skip
+    if card["mixed_steps"]:
+        work.append(mixed_text(card))
     return f"{card['busy_share']:.1%} busy; {'; '.join(work)}; {card['kv_blocks']:,} blocks; {card['device']}"
 
 
+def alone_tokens(card: Stats, kind: str) -> int:
+    """Tokens of the steps of one kind only."""
+    return int(card[f"{kind}_tokens"] - card[f"mixed_{kind}_tokens"])
+
+
 def rate_text(card: Stats, kind: str) -> str:
+    """Of the steps of one kind only: a mixed step's time is neither's."""
     seconds = card[f"{kind}_seconds"]
-    return f"{card[f'{kind}_tokens'] / seconds:,.0f} tok/s" if seconds else "-"
+    return f"{alone_tokens(card, kind) / seconds:,.0f} tok/s" if seconds else "-"
+
+
+def mixed_text(card: Stats) -> str:
+    steps, prefill, decode = (card[f"mixed_{name}"] for name in ("steps", "prefill_tokens", "decode_tokens"))
+    return f"both {prefill:,} + {decode:,} tokens in {steps:,} steps of {card['mixed_seconds'] / steps * 1e3:.2f} ms"
 
 
 def copy_text(copies: Stats) -> str:

@@ -34,7 +34,7 @@ class Histogram:
 @dataclass(slots=True)
 class CardMetrics:
     """One card's steps. Seconds are device seconds, as the executor measured them. Mixed steps count as neither of the
-    others, their tokens do.
+    others, their tokens do, and once more by themselves.
 
     decode_gap_ms: from one step's end to the first kernel of the next, where a sequence decodes in both;
     decode_period_ms: from end to end of such steps. Steps of a GPU only.
@@ -48,6 +48,8 @@ class CardMetrics:
     decode_seconds: float = 0.0
     mixed_steps: int = 0
     mixed_seconds: float = 0.0
+    mixed_prefill_tokens: int = 0
+    mixed_decode_tokens: int = 0
     decode_gap_ms: Histogram = field(default_factory=Histogram)
     decode_period_ms: Histogram = field(default_factory=Histogram)
 
@@ -56,6 +58,17 @@ class CardMetrics:
         if job.idle_s is not None and len(shard.slots) > len(shard.entries):
             self.decode_gap_ms.add(job.idle_s)
             self.decode_period_ms.add(job.idle_s + job.seconds)
+
+    def add_mixed(self, job: Job, shard: MixedShard, num_sampled: int) -> None:
+        # Where a prompt's first token lost its taker while the step ran, that many too few.
+        num_decoded = max(0, num_sampled - shard.prefill.num_samples)
+        self.mixed_steps += 1
+        self.mixed_seconds += job.seconds
+        self.prefill_tokens += shard.prefill.num_tokens
+        self.mixed_prefill_tokens += shard.prefill.num_tokens
+        self.decode_tokens += num_decoded
+        self.mixed_decode_tokens += num_decoded
+        self.add_gap(job, shard.decode)
 
     def as_dict(self, uptime: float) -> dict[str, Any]:
         busy = self.prefill_seconds + self.decode_seconds + self.mixed_seconds
@@ -112,12 +125,7 @@ class EngineMetrics:
             card.prefill_tokens += shard.num_tokens
             card.prefill_seconds += job.seconds
         elif isinstance(shard, MixedShard):
-            card.mixed_steps += 1
-            card.prefill_tokens += shard.prefill.num_tokens
-            # Where a prompt's first token lost its taker while the step ran, that many too few.
-            card.decode_tokens += max(0, num_sampled - shard.prefill.num_samples)
-            card.mixed_seconds += job.seconds
-            card.add_gap(job, shard.decode)
+            card.add_mixed(job, shard, num_sampled)
         else:
             card.decode_steps += 1
             card.decode_tokens += num_sampled

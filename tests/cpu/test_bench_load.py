@@ -335,9 +335,11 @@ def test_load_on_two_cards(capsys: pytest.CaptureFixture[str]) -> None:
         prefill, decode = engine["cards"]
         assert prefill["prefill_tokens"] == row["prompt_tokens"], "the warm-up is in the figures"
         assert decode["decode_tokens"] == row["output_tokens"] - 6  # first tokens come from prefill
+        assert engine["helped"] == engine["hand_offs"] == engine["taken_over"] == 0  # strict
         assert engine["copies"]["copied_bytes"] > 0 and 0 < prefill["busy_share"] <= 1
         assert row["late_ms"]["max"] >= 0 and row["exposed_copy_ms"]["p99"] >= 0
         assert row["ttft_ms"]["p50"] <= row["e2e_ms"]["p50"]
+    assert "helped 0, hand offs 0, taken over 0" in table
     assert "pd @16384 40" in table and "late max ms" in table
     assert figures["about"]["pd @16384"][0]["config"]["max_num_seqs"] == 8
     assert figures["arguments"]["request_rate"] == ["40", "inf"]

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+import bench_report
 from nanovllm import DEMO_MODEL, LLM, SamplingParams
 from nanovllm.engine.executor import Job
 from nanovllm.engine.metrics import EngineMetrics, Histogram
@@ -52,8 +53,27 @@ def test_mixed_steps_count_both_kinds_of_tokens() -> None:
     card = metrics.as_dict()["card0"]
     counts = {name: card[name] for name in ("prefill_tokens", "decode_tokens", "mixed_steps", "mixed_seconds")}
     assert counts == {"prefill_tokens": 3, "decode_tokens": 2, "mixed_steps": 1, "mixed_seconds": 0.5}
+    assert (card["mixed_prefill_tokens"], card["mixed_decode_tokens"]) == (3, 2)
     assert card["prefill_steps"] == card["decode_steps"] == 0 and card["busy_share"] > 0
     assert sum(card["decode_gap_ms"]["counts"]) == 1
+
+
+def test_the_report_counts_mixed_steps_apart() -> None:
+    """64 rows a step of 10 ms, prompts of 1,000 tokens in 100 ms; nine times both in 0.1 s; 0.1 ms of the host each."""
+    metrics = EngineMetrics(1)
+    before = {"copies_by_route": {}, **metrics.as_dict()}
+    rows, prompt = DecodeShard(0, 1, tuple(range(64)), 10), PrefillShard(0, 1, (PrefillChunk((0,) * 1000, 0, (0,)),))
+    metrics.record(Job(prompt, seconds=0.1), 0)
+    metrics.record(Job(rows, seconds=0.01), 64)
+    for _ in range(9):
+        metrics.record(Job(MixedShard(0, 1, prompt, rows), seconds=0.1), 64)
+    metrics.loop_seconds = 11 * 1e-4
+    after = metrics.as_dict()
+    assert bench_report.host_figures(before, after)["loop_ms"] == 0.1
+    steps = bench_report.steps_of(before["card0"], after["card0"], 1.01)
+    text = bench_report.card_text(steps | {"kv_blocks": 7, "device": "none"})
+    assert "prefill 1,000 tokens in 1 steps, 10,000 tok/s; decode 64 tokens in 1 steps, 6,400 tok/s" in text
+    assert "both 9,000 + 576 tokens in 9 steps of 100.00 ms" in text and "100.0% busy" in text
 
 
 def test_exposed_copies_are_those_between_cards() -> None:
