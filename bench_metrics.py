@@ -68,7 +68,7 @@ def load_figures(answers: Sequence[Answer], begin_s: float, goodput: Mapping[str
 
 def latencies(answers: Sequence[Answer]) -> Stats:
     """Milliseconds. `second_token_ms`: from the first token to the second. `exposed_copy_ms`: from the end of prefill
-    until the decode card held every block."""
+    until the decode card held every block, by the engine thread's clock; of prompts that changed cards."""
     return {
         "ttft_ms": summary_ms([answer.ttft_s for answer in answers]),
         "tpot_ms": summary_ms([answer.tpot_s for answer in answers if answer.tpot_s is not None]),

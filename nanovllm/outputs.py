@@ -83,8 +83,8 @@ class RequestMetrics:
     """Seconds. None: has not happened (yet).
 
     queue: from arrival to admission. ttft: to the first token. inter_token: gaps between the first answer's
-    tokens. copy: from the end of prefill until the decode card held every block (0 on one card). end_to_end: to
-    the last token of the last answer.
+    tokens. copy: from the end of prefill until the decode card held every block, as the engine thread heard of them;
+    None where they did not change cards. end_to_end: to the last token of the last answer.
     """
 
     queue: float | None

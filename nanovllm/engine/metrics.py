@@ -102,7 +102,8 @@ class EngineMetrics:
     cards: list[CardMetrics] = field(init=False)
     all_copies: CopyMetrics = field(default_factory=CopyMetrics)
     copies_by_route: dict[tuple[int, int], CopyMetrics] = field(default_factory=dict)
-    exposed_copy_ms: Histogram = field(default_factory=Histogram)  # from a prompt's last chunk to its last block
+    # Of prompts that changed cards, once each: from the last chunk to the last block, by the engine thread's clock.
+    exposed_copy_ms: Histogram = field(default_factory=Histogram)
     sampled_tokens: int = 0
     loop_seconds: float = 0.0  # of the engine loop, over iterations in which something happened
     launch_seconds: float = 0.0  # of the workers, until a shard was on its way to its card

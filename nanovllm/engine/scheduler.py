@@ -82,7 +82,8 @@ class Scheduler:
         self._last_busy_step = 0  # of the decode card, launched when card 0 last had a prompt
         # By card and step: groups, and how far each got.
         self.launched_prefills: dict[int, dict[int, list[tuple[PrefillGroup, int]]]] = {c: {} for c in self.managers}
-        self.exposed_copies_s: list[float] = []  # since they were last taken: from a prompt's end to its last block
+        # Since they were last taken: from a prompt's end on card 0 to its last block on the decode card.
+        self.exposed_copies_s: list[float] = []
         self.paused = False
         self.counts: Counter[str] = Counter()
 
@@ -466,9 +467,10 @@ class Scheduler:
             return
         self.copying.discard(group)
         self.handoff.register_resident(group)
-        timeline = group.leader.request.timeline
-        timeline.mark("resident")
-        if group.changes_cards and timeline.resident and timeline.prefilled:
+        if group.changes_cards and group.needs_decode and group.is_first:
+            timeline = group.leader.request.timeline
+            timeline.mark("resident")
+            assert timeline.resident is not None and timeline.prefilled is not None
             self.exposed_copies_s.append(timeline.resident - timeline.prefilled)
         for sequence in group.members:
             self.batches[group.decode_card].add(sequence)

@@ -27,7 +27,10 @@ def derive_seed(*parts: int) -> int:
 
 @dataclass(slots=True)
 class Timeline:
-    """When things happened to a request, in seconds of `time.perf_counter()`; None: not yet."""
+    """When things happened to a request, in seconds of `time.perf_counter()` in the engine thread; None: not yet.
+
+    resident: only where prefill was on another card than decoding is.
+    """
 
     arrived: float = field(default_factory=time.perf_counter)
     admitted: float | None = None
@@ -172,6 +175,8 @@ class PrefillGroup:
     def __init__(self, sequences: list[Sequence]) -> None:
         self.sequences = sequences
         self.num_tokens = len(self.leader.tokens)
+        # False where the prefill's own sample is the last token there can be.
+        self.needs_decode = self.leader.num_output_tokens + 1 < self.leader.request.max_tokens
         self.cards = (0, 0)  # which prefills it and which decodes it, once it was admitted
         self.num_launched_tokens = 0  # prefilled or cached, as far as launched
         self.num_mirrored_blocks = 0  # leading blocks resident on, or on their way to, the decode card
@@ -199,9 +204,9 @@ class PrefillGroup:
         return [sequence for sequence in self.sequences if not sequence.finished]
 
     @property
-    def needs_decode(self) -> bool:
-        """False where the prefill's own sample is the last token there can be."""
-        return self.leader.num_output_tokens + 1 < self.leader.request.max_tokens
+    def is_first(self) -> bool:
+        """Not one that is computed again."""
+        return self.num_tokens == self.leader.num_prompt_tokens
 
     @property
     def order(self) -> tuple[int, int]:

@@ -77,13 +77,14 @@ def test_the_report_counts_mixed_steps_apart() -> None:
 
 
 def test_exposed_copies_are_those_between_cards() -> None:
-    for pools, expected in (((50,), 0), ((50, 50), 3)):
+    for pools, max_tokens, expected in (((50,), 3, 0), ((50, 50), 3, 3), ((50, 50), 2, 3), ((50, 50), 1, 0)):
         plan = Plan(*pools)
         for num_tokens in (5, 9, 8):
-            plan.add(num_tokens, max_tokens=3)
+            plan.add(num_tokens, max_tokens)
         plan.drain()
         assert len(plan.scheduler.exposed_copies_s) == expected
         assert all(seconds >= 0 for seconds in plan.scheduler.exposed_copies_s)
+        assert [s.request.timeline.resident is not None for s in plan.sequences] == [expected > 0] * 3
 
 
 def test_stats_hold_them() -> None:

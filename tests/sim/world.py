@@ -92,6 +92,8 @@ class World:
             assert len(batch.free_slots) == self.config.max_num_seqs and batch.num_living == 0
         for request in self.requests:
             self.check_answer(request)
+        exposed = sum(self.engine.metrics.exposed_copy_ms.as_dict()["counts"])
+        assert exposed == sum(request.timeline.resident is not None for request in self.requests), "not once each"
 
     def check_answer(self, request: Request) -> None:
         stop_ids = {*request.eos_token_ids, *request.params.stop_token_ids}
