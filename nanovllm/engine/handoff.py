@@ -249,7 +249,7 @@ class Handoff:
         """
         lease = sequence.lease
         num_full = (len(sequence.tokens) - 1) // self.block_size
-        if not self.prefix_caching or lease is None or len(lease.tables.get(card, ())) < num_full:
+        if not (self.prefix_caching and num_full) or lease is None or len(lease.tables.get(card, ())) < num_full:
             return 0
         if card == self.prefill:
             self._register(self.prefill, sequence, num_full)

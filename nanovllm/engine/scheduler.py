@@ -500,8 +500,9 @@ class Scheduler:
         sequence.finish_reason = reason  # last: readers look at it first
 
     def _write_back(self, sequence: Sequence) -> None:
-        """From where it is whole: a sequence may be found to have ended while it moves."""
-        whole_on = {State.DECODING: sequence.card, State.EVACUATING: self.decode_card, State.RETURNING: 0}
+        """From where it is whole: a sequence may be found to have ended while it moves, or with its first token."""
+        whole_on = {State.READY: sequence.card, State.DECODING: sequence.card}
+        whole_on |= {State.EVACUATING: self.decode_card, State.RETURNING: self.prefill_card}
         if sequence.state in whole_on:
             copied = self.handoff.write_back(sequence, whole_on[sequence.state])
             self.counts["write_backs_skipped"] += copied is None

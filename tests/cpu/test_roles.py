@@ -102,6 +102,16 @@ def test_a_helped_prompt_travels_with_the_rows_in_chunks(monkeypatch: pytest.Mon
     plan.drain()
 
 
+def test_a_helped_prompt_that_ends_at_once_is_found_on_card_0() -> None:
+    plan = elastic(100, 100, max_num_batched_tokens=8)
+    for _ in range(3):
+        plan.add(8, max_tokens=1)
+    plan.launch_all(Shard)
+    plan.drain()
+    assert plan.scheduler.counts["helped"] == plan.scheduler.counts["write_backs"] == 1
+    assert plan.scheduler.managers[0].num_cached_blocks == 6
+
+
 def test_a_prompt_that_card_0_has_cached_stays_there() -> None:
     plan = elastic(100, 100, max_num_batched_tokens=8)
     (first,) = plan.add(8, max_tokens=1)
