@@ -344,12 +344,12 @@ class Scheduler:
         seconds = (steps - self._last_busy_step) * self.pace.decode_s[main.card]
         taken = own.num_living + len(self.evacuating)
         candidates: Iterable[Sequence] = main.ready if not main.free_slots else []
-        count = self.config.max_num_seqs - taken
+        count = min(self.config.max_num_seqs - taken, MOVES_IN_FLIGHT - self._num_moving)
         if not candidates:
             if seconds < BALANCE_AFTER_S or len(main.running) < 2 * taken + BALANCE_ROWS:
                 return
             candidates = main.running
-            count = min(count, (len(main.running) - taken) // 2, MOVES_IN_FLIGHT - self._num_moving)
+            count = min(count, (len(main.running) - taken) // 2)
         for sequence in heapq.nlargest(count, candidates, key=lambda sequence: sequence.order):
             if not self._take_over(sequence):
                 return

@@ -251,6 +251,19 @@ def test_an_idle_card_0_takes_over_part_of_a_large_batch(monkeypatch: pytest.Mon
     assert all(sequence.num_output_tokens == 40 for sequence in plan.sequences)
 
 
+def test_few_of_those_without_a_slot_move_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "MOVES_IN_FLIGHT", 2)
+    plan = elastic(200, 200)
+    for _ in range(12):
+        plan.add(9, max_tokens=20)
+    most = 0
+    while not plan.scheduler.idle:
+        plan.schedule()
+        most = max(most, plan.count(State.EVACUATING))
+        plan.turn(CopyShard, PrefillShard, MixedShard, DecodeShard)
+    assert most == 2 and plan.scheduler.counts["taken_over"] > 2
+
+
 def test_not_before_it_has_been_idle_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = busy_plan(monkeypatch, after_s=0.25)
     plan.scheduler.pace.decode_s[1] = 0.01
