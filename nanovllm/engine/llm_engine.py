@@ -13,14 +13,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.config import Config
 from nanovllm.engine.executor import Executor, Job
 from nanovllm.engine.metrics import EngineMetrics
-from nanovllm.engine.scheduler import SampledToken, Scheduler
-from nanovllm.engine.sequence import Request, Sequence
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Request, Sequence, append_sampled
 
 if TYPE_CHECKING:  # it imports torch
     from nanovllm.engine.trace import TraceRecorder
@@ -73,7 +74,8 @@ class LLMEngine:
         self.scheduler = scheduler
         self.metrics = EngineMetrics(len(scheduler.managers))
         self._inbox: deque[tuple[Request, OutputQueue] | str] = deque()
-        self._live: dict[str, tuple[Request, OutputQueue]] = {}
+        self._live: dict[str, Request] = {}
+        self._queues: dict[Request, OutputQueue] = {}  # of those that live
         self._wake = threading.Event()
         self._lock = threading.RLock()
         self._closing = False
@@ -94,7 +96,8 @@ class LLMEngine:
         with self._lock:
             if self._error is not None:
                 raise EngineDeadError(f"the engine has stopped: {self._error}") from self._error
-            self._live[request.request_id] = request, queue
+            self._live[request.request_id] = request
+            self._queues[request] = queue
         self._inbox.append((request, queue))
         self._wake.set()
 
@@ -108,7 +111,7 @@ class LLMEngine:
         with self._lock:
             if queue is None:
                 return bool(self._live)
-            return bool(queue) or any(owner is queue for _, owner in self._live.values())
+            return bool(queue) or any(owner is queue for owner in self._queues.values())
 
     def wait(self, queue: OutputQueue) -> list[Request]:
         """Requests of `queue` that advanced; waits for at least one. Without an engine thread, runs the loop."""
@@ -185,52 +188,47 @@ class LLMEngine:
         return count
 
     def _abort(self, request_id: str) -> None:
-        request, _ = self._live.get(request_id, (None, None))
+        request = self._live.get(request_id)
         if request is not None:
             for sequence in request.sequences:
                 self._finish(sequence, "abort")
-            self._advanced([request])
+            self._advanced([request], [request])
 
     def _collect(self, job: Job) -> None:
         if job.error is not None:
             raise job.error
-        sampled = self.scheduler.complete(job.shard, job.result, job.seconds)
-        self.metrics.record(job, len(sampled))
+        rows, result = self.scheduler.complete(job.shard, job.result, job.seconds)
+        self.metrics.record(job, len(rows))
         while self.scheduler.exposed_copies_s:
             self.metrics.exposed_copy_ms.add(self.scheduler.exposed_copies_s.pop())
         if (trace := self.trace) is not None:
-            trace.add_job(job, sampled)
-        now_s = time.perf_counter()
-        for token in sampled:
-            self._accept(token, now_s)
-        self._advanced({token.sequence.request: None for token in sampled})
+            trace.add_job(job, rows)
+        may_have_ended = append_sampled(rows, result, time.perf_counter())
+        for sequence in may_have_ended:
+            self._settle(sequence)
+        ended = [sequence.request for sequence in may_have_ended if sequence.request.finished]
+        self._advanced([sequence.request for sequence in rows], ended)
 
-    def _accept(self, sampled: SampledToken, now_s: float) -> None:
-        sequence, token, logprobs = sampled
-        sequence.append(token, logprobs, now_s)
-        if sequence.may_end_with(token):
-            reason, stop_reason = stop_of(sequence)
-            if reason is not None:
-                self._finish(sequence, reason, stop_reason)
-                return
-        sequence.num_settled_outputs = len(sequence.tokens) - sequence.num_prompt_tokens
+    def _settle(self, sequence: Sequence) -> None:
+        """Its last token ends it, or stays."""
+        reason, stop_reason = stop_of(sequence)
+        if reason is not None:
+            self._finish(sequence, reason, stop_reason)
+        else:
+            sequence.num_settled_outputs = sequence.num_output_tokens
 
     def _finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         if sequence.watcher is not None and not sequence.finished:
             sequence.watcher.flush()
         self.scheduler.finish(sequence, reason, stop_reason)
 
-    def _advanced(self, requests: Iterable[Request]) -> None:
+    def _advanced(self, requests: Iterable[Request], ended: Iterable[Request]) -> None:
         """Tell their queues. A request's end is in its queue at the moment it stops being unfinished."""
-        news: dict[OutputQueue, list[Request]] = {}
         with self._lock:
-            for request in requests:
-                _, queue = self._live[request.request_id]
-                if request.finished:
-                    del self._live[request.request_id]
-                news.setdefault(queue, []).append(request)
-            for queue, advanced in news.items():
+            for queue, advanced in groupby(requests, self._queues.__getitem__):
                 queue.put(advanced)
+            for request in dict.fromkeys(ended):
+                del self._live[request.request_id], self._queues[request]
 
     def _check_progress(self) -> None:
         """Nothing happened: then either something is in flight or nothing is left to do."""
@@ -240,8 +238,9 @@ class LLMEngine:
     def _die(self, error: BaseException) -> None:
         with self._lock:
             self._error = error
-            queues = {queue for _, queue in self._live.values()}
+            queues = set(self._queues.values())
             self._live.clear()
+            self._queues.clear()
         for queue in queues:
             queue.fail(error)
 

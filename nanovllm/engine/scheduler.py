@@ -15,7 +15,7 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
@@ -32,7 +32,6 @@ from nanovllm.engine.shards import (
     PrefillShard,
     Shard,
     StepResult,
-    TokenLogprobs,
 )
 from nanovllm.engine.step_sizes import tokens_within
 
@@ -44,12 +43,6 @@ MOVES_IN_FLIGHT = 16  # of sequences between the cards at a time: each waits for
 BALANCE_AFTER_S = 0.25  # for which card 0 had no prompt, before it takes over part of a batch of
 BALANCE_ROWS = 32  # more than twice its own
 LIVES_TO_DECODE = frozenset({State.PREFILLING, State.COPYING, State.READY, State.DECODING, State.RETURNING})
-
-
-class SampledToken(NamedTuple):
-    sequence: Sequence
-    token: int
-    logprobs: TokenLogprobs | None
 
 
 class Scheduler:
@@ -417,12 +410,14 @@ class Scheduler:
 
     # -- what came back
 
-    def complete(self, shard: Shard, result: StepResult | None, seconds: float = 0.0) -> list[SampledToken]:
-        """A shard has completed on its card, which took it so many seconds. Tokens of sequences that have finished
-        meanwhile are dropped here."""
+    def complete(
+        self, shard: Shard, result: StepResult | None, seconds: float = 0.0
+    ) -> tuple[list[Sequence], StepResult]:
+        """A shard has completed on its card, which took it so many seconds. Returns its rows and what each sampled;
+        those of sequences that have finished meanwhile are dropped here."""
         if isinstance(shard, CopyShard):
             self.handoff.copy_done(shard)
-            return []
+            return [], StepResult([])
         assert result is not None
         self.pace.record(shard, seconds)
         self.managers[shard.card].complete_step(shard.step)
@@ -435,13 +430,18 @@ class Scheduler:
             rows = rows + decoded if rows else decoded
         return self._collect(rows, result)
 
-    def _collect(self, rows: list[Sequence], result: StepResult) -> list[SampledToken]:
-        sampled = []
-        for i, (sequence, token) in enumerate(zip(rows, result.token_ids, strict=True)):
+    def _collect(self, rows: list[Sequence], result: StepResult) -> tuple[list[Sequence], StepResult]:
+        assert len(rows) == len(result.token_ids), f"{len(rows)} rows, {len(result.token_ids)} ids"
+        finished, num_finished = State.FINISHED, 0
+        for sequence in rows:  # little for each: it is done for every token
             sequence.num_in_flight -= 1
-            if sequence.state is not State.FINISHED:
-                sampled.append(SampledToken(sequence, token, result.logprobs_of(i) if result.logprobs else None))
-        return sampled
+            if sequence.state is finished:
+                num_finished += 1
+        if not num_finished:
+            return rows, result
+        kept = [i for i, sequence in enumerate(rows) if not sequence.finished]
+        logprobs = [result.logprobs[i] for i in kept] if result.logprobs else []
+        return [rows[i] for i in kept], StepResult([result.token_ids[i] for i in kept], logprobs)
 
     def _prefilled(self, group: PrefillGroup, end: int) -> list[Sequence]:
         """A chunk that reached position `end` has completed: its full blocks count. Returns the rows it sampled."""

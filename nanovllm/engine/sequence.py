@@ -7,6 +7,7 @@ appended: a reader that looks at `finish_reason` first never sees a finished seq
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import xxhash
@@ -15,7 +16,7 @@ from nanovllm.engine.block_manager import ROOT_HASH, BlockHash, chain_hash
 from nanovllm.engine.detokenizer import StopWatcher
 from nanovllm.engine.request_states import TRANSITIONS, State
 from nanovllm.engine.sequence_lease import SequenceLease
-from nanovllm.engine.shards import SamplingRow, TokenLogprobs
+from nanovllm.engine.shards import SamplingRow, StepResult, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -53,6 +54,8 @@ class Sequence:
         self.seed = seed
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.tokens: list[int] = list(request.prompt_token_ids)
+        self.max_length = self.num_prompt_tokens + request.max_tokens
+        self.end_ids = request.end_ids
         self.state = State.WAITING
         self.card = 0  # where it decodes or will, once it was admitted
         self.lease: SequenceLease | None = None
@@ -116,16 +119,26 @@ class Sequence:
             tuple(sorted(self.request.end_ids)) if params.min_tokens > self.num_output_tokens else (),
         )
 
-    def append(self, token: int, logprobs: TokenLogprobs | None, now_s: float) -> None:
-        self.tokens.append(token)
-        self.token_times.append(now_s)
-        if logprobs is not None:
-            self.logprobs.append(logprobs)
 
-    def may_end_with(self, token: int) -> bool:
-        """Whether the token just appended may end the sequence: what is asked for every token, so it is cheap."""
-        full = len(self.tokens) - self.num_prompt_tokens >= self.request.max_tokens
-        return full or token in self.request.end_ids or self.watcher is not None
+def append_sampled(rows: Iterable[Sequence], result: StepResult, now_s: float) -> list[Sequence]:
+    """Give each sequence the token it sampled; returns those that may have ended with it. The others are settled.
+
+    One loop without a call for each: it runs for every token that the engine makes.
+    """
+    for sequence, logprobs in zip(rows, result.logprobs, strict=False):  # none at all where nobody asked
+        if logprobs is not None:
+            sequence.logprobs.append(logprobs)
+    may_have_ended = []
+    for sequence, token in zip(rows, result.token_ids, strict=True):
+        tokens = sequence.tokens
+        tokens.append(token)
+        sequence.token_times.append(now_s)
+        num_tokens = len(tokens)
+        if num_tokens >= sequence.max_length or token in sequence.end_ids or sequence.watcher is not None:
+            may_have_ended.append(sequence)
+        else:
+            sequence.num_settled_outputs = num_tokens - sequence.num_prompt_tokens
+    return may_have_ended
 
 
 class Request:

@@ -23,7 +23,7 @@ from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillSh
 if TYPE_CHECKING:
     from nanovllm.engine.executor import Job
     from nanovllm.engine.llm_engine import LLMEngine
-    from nanovllm.engine.scheduler import SampledToken
+    from nanovllm.engine.sequence import Sequence as PlannedSequence
 
 MAX_SPANS = 1_000_000  # what follows is dropped and counted: a forgotten trace must not eat the host's memory
 HOST = -1  # where a card's number stands
@@ -88,8 +88,8 @@ class TraceRecorder:
         self._copied: dict[tuple[int, int], Span] = {}  # by (card, block): the last copy that wrote it
         self._num_dropped = 0
 
-    def add_job(self, job: Job, sampled: list[SampledToken]) -> None:
-        """A job has completed; `sampled`: its tokens that still have a taker."""
+    def add_job(self, job: Job, rows: list[PlannedSequence]) -> None:
+        """A job has completed; `rows`: those of its sequences that still take their token."""
         lane, card, args = _describe(job)
         begin_s, end_s = job.begin_s, job.end_s
         start, clock = getattr(job.handle, "start", None), self._clocks[card]
@@ -97,7 +97,7 @@ class TraceRecorder:
             begin_s, end_s = clock.span_s(start, job.handle.event)
         span = Span(lane, card, begin_s, end_s, args)
         if self._add(span):
-            self._follow(span, job.shard, sampled)
+            self._follow(span, job.shard, rows)
             self._add_stages(job, span)
 
     def _add_stages(self, job: Job, step: Span) -> None:
@@ -119,19 +119,19 @@ class TraceRecorder:
         self._spans.append(span)
         return True
 
-    def _follow(self, span: Span, shard: Shard, sampled: list[SampledToken]) -> None:
+    def _follow(self, span: Span, shard: Shard, rows: list[PlannedSequence]) -> None:
         if isinstance(shard, CopyShard):
             self._copied.update({(shard.dst, target): span for _, target in shard.block_pairs})
             return
         decode = shard.decode if isinstance(shard, MixedShard) else shard
         if isinstance(decode, DecodeShard) and decode.entries:  # first: what is prefilled here is decoded later
-            self._first_decodes(span, decode, sampled)
+            self._first_decodes(span, decode, rows)
         if not isinstance(shard, DecodeShard):
-            new = [token.sequence for token in sampled if token.sequence.state in JUST_PREFILLED]
+            new = [sequence for sequence in rows if sequence.state in JUST_PREFILLED]
             self._prefilled.update({sequence.order: span for sequence in new})
 
-    def _first_decodes(self, span: Span, shard: DecodeShard, sampled: list[SampledToken]) -> None:
-        by_slot = {token.sequence.slot: token.sequence for token in sampled}
+    def _first_decodes(self, span: Span, shard: DecodeShard, rows: list[PlannedSequence]) -> None:
+        by_slot = {sequence.slot: sequence for sequence in rows}
         for entry in shard.entries:
             sequence = by_slot.get(entry.slot)
             chunk = self._prefilled.pop(sequence.order, None) if sequence is not None else None

@@ -322,7 +322,7 @@ def test_reader_never_sees_a_token_before_it_was_judged(
         reader = threading.Thread(target=lambda: pieces.extend(map(str, stream)))
         assert judging.wait(10)  # " the" is sampled
         reader.start()
-        ((request, _),) = llm._engine._live.values()
+        (request,) = llm._engine._live.values()
         assert RequestOutput(request, llm.tokenizer)["text"] == "A"
         wait_until(lambda: "stop" in options or pieces == ["A"])
         assert "".join(pieces) in ("", "A")

@@ -9,7 +9,7 @@ import pytest
 
 from nanovllm.engine.request_states import State
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.sequence import Request, Sequence
+from nanovllm.engine.sequence import Request, Sequence, append_sampled
 from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillShard, Shard, StepResult
 from nanovllm.sampling_params import SamplingParams
 from tests.sim.world import tiny_config
@@ -63,8 +63,7 @@ class Plan:
             num_rows = 0
         else:
             num_rows = rows_of(shard)
-        for sequence, token, logprobs in self.scheduler.complete(shard, StepResult([7] * num_rows)):
-            sequence.append(token, logprobs, 0.0)
+        for sequence in append_sampled(*self.scheduler.complete(shard, StepResult([7] * num_rows)), 0.0):
             if sequence.num_output_tokens == sequence.request.max_tokens:
                 self.scheduler.finish(sequence, "length")
         self.scheduler.check_integrity()
