@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nanovllm.kernels.decode_state import advance, gather_inputs
 from nanovllm.kernels.filtered_race import Sizes, filtered_race
+from nanovllm.kernels.packet import write_runs, write_runs_reference
 from nanovllm.kernels.paged_decode import paged_decode, paged_decode_reference
 from nanovllm.kernels.paged_decode_hopper import paged_decode_tma
 from nanovllm.kernels.paged_prefill import paged_prefill, paged_prefill_reference, store_kv, store_kv_reference
@@ -263,6 +264,18 @@ def advance_twin(
         if slot != null_slot and state[alive]:
             state[0], state[1], state[2] = token, state[1] + 1, state[2] + 1
             state[alive] = not (bool((end_ids[slot] == token).any()) and state[2] >= state[min_tokens])
+
+
+def packet_case(count: int, length: int) -> Case:
+    """Two runs of `length` words, of which the packet holds `count`: one ends where the target does."""
+
+    def build(inputs: Inputs, run: Callable[..., None]) -> Sequence[Tensor]:
+        target = inputs.numbers([3] * (2 * length), torch.int32)
+        headers = [length, 0, count, length, -1, 0, 0, count, length, 5]
+        run(inputs.numbers([*headers, *range(100, 100 + count)], torch.int32), 2, target)
+        return [target]
+
+    return Case(build, write_runs, write_runs_reference)
 
 
 def race_case(vocab_size: int, any_random: bool) -> Case:

@@ -45,6 +45,7 @@ from tools.sanitize_cases import (
     filtered_case,
     gather_case,
     norm_case,
+    packet_case,
     penalise_case,
     prefill_case,
     push_case,
@@ -95,6 +96,7 @@ CASES: dict[str, tuple[Case, ...]] = {  # by module of nanovllm/kernels
         shares_case(Pages(group=4, kv_heads=2, head_dim=128, page=32), (33, 700), num_sms=8),
     ),
     "decode_state": (gather_case(16), gather_case(64), advance_case(end_id=42), advance_case(end_id=43)),
+    "packet": (packet_case(1, 1), packet_case(7, 300), packet_case(257, 257)),
     "race": (race_case(5000, True), race_case(5000, False), race_case(4096, True)),
     "filtered_race": (
         filtered_case(299, (TOP_P, TOP_K, BOTH), (0, 37, 36), FEW),  # the last list is exactly full

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nanovllm.engine.kv_cache import KVCache
 from nanovllm.engine.prefill_graphs import MAX_SEQUENCES
+from nanovllm.engine.slot_packets import SlotPackets
 from nanovllm.engine.slot_state import ALIVE, MIN_TOKENS, SlotState
 from nanovllm.kernels.decode_state import advance, gather_inputs
 from nanovllm.layers.attention import DecodeMetadata
@@ -48,12 +49,14 @@ class DecodeGraphs:
     capture_seconds: float = 0.0
     _model_graphs: dict[int, torch.cuda.CUDAGraph] = field(default_factory=dict)
     _samplers: dict[tuple[int, SamplerKind], torch.cuda.CUDAGraph] = field(default_factory=dict)
-    _slots: tuple[int, ...] = ()  # what slots_B holds, ahead of its padding
 
     def __post_init__(self) -> None:
         device, size = self.slots.device, self.max_num_seqs
         self.buckets = bucket_sizes(size)
-        self.slots_B = torch.full((size,), self.slots.null_slot, dtype=torch.int64, device=device)
+        self.slots_B = self.slots.rows_B
+        assert self.slots_B.shape == (size,), f"{size} rows, {len(self.slots_B)} slots"
+        if device.type == "cuda":
+            self.slots.use_packets(SlotPackets(self.slots))
         # A mixed step writes the logits of its prompts, if it is captured, ahead of those of its decode rows.
         shape = MAX_SEQUENCES + size, self.model.config.vocab_size
         self.mixed_logits_RV = torch.zeros(shape, dtype=torch.float32, device=device)
@@ -115,11 +118,8 @@ class DecodeGraphs:
         return next(size for size in self.buckets if size >= num_rows)
 
     def set_slots(self, slots: tuple[int, ...]) -> None:
-        """The rows of the next step, and behind them the null slot throughout: mixed steps have larger buckets."""
-        if slots != self._slots:  # most steps have the rows of the step before
-            padded = [*slots, *[self.slots.null_slot] * (self.max_num_seqs - len(slots))]
-            self.slots_B.copy_(torch.tensor(padded).pin_memory(), non_blocking=True)
-            self._slots = slots
+        """The rows of the next step, if what was applied ahead of it has not made them that yet."""
+        self.slots.set_rows(slots)
 
     def replay_model(self, slots: tuple[int, ...]) -> Tensor:
         """Launch the model for these slots; logits [len(slots), vocab], valid until the next replay."""

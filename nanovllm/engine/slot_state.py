@@ -1,7 +1,8 @@
 """What a card remembers of the sequences it decodes: one row a slot, advanced on the card itself.
 
-The host sends only what changes (a sequence enters a slot, a table grows); tokens, lengths and output positions
-advance on the card, so that a step can be launched before the previous one's result is known to the host.
+The host sends only what changes (a sequence enters a slot, a table grows, a step has other rows); tokens, lengths and
+output positions advance on the card, so that a step can be launched before the previous one's result is known to the
+host. Where graphs run the steps, changes go up in packets [nanovllm/engine/slot_packets.py]; else by plain torch.
 
 A sequence that samples one of its end ids is over on the card at once: steps launched before the host knows of it
 give the row an empty context and let it write to the null block.
@@ -12,23 +13,40 @@ Shape suffixes: S slots, B rows of this step, V vocabulary, N blocks a sequence 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nanovllm.engine.shards import DecodeShard, SamplingRow, SlotEntry
+from nanovllm.engine.shards import DecodeShard, NewBlock, SamplingRow, SlotEntry
 from nanovllm.layers.attention import DecodeMetadata
 from nanovllm.layers.host import to_device
 from nanovllm.layers.sampler import SamplingBatch, sampling_features, sampling_filters
 from nanovllm.layers.seen_tokens import reset_, unpack
 from nanovllm.sampling_params import SamplingParams
 
+if TYPE_CHECKING:  # it imports Triton
+    from nanovllm.engine.slot_packets import SlotPackets
+
 ALIVE, MIN_TOKENS = 6, 5  # columns of `integers_S7`
+ALIGNED_BYTES = 256
 MAX_END_IDS = 128  # every stop id that a request may have, and the checkpoint's eos ids
 
 
+class Asked(NamedTuple):
+    """What the rows of a step ask of it: the highest sampler level, and log-probabilities by row; [] if none asks."""
+
+    sampler_level: int
+    num_logprobs: list[int | None]
+
+
 class SlotState:
-    """Static buffers of one decode card, and beside them what the host knows of each slot's sampling."""
+    """Static buffers of one decode card, and beside them what the host knows of each slot's sampling.
+
+    `words`: the memory of all of them, int32. `rows_B`: the slots of the step's rows, and behind them the null slot
+    throughout: steps may be padded to any size.
+    """
 
     def __init__(
         self, num_slots: int, max_blocks: int, block_size: int, null_block: int, vocab_size: int, device: torch.device
@@ -41,21 +59,73 @@ class SlotState:
         self.sampler_levels = [0] * num_slots  # what a step asks of each row's parameters
         self.num_logprobs: list[int | None] = [None] * num_slots
         self.null_slot = num_slots  # where a graph's padding rows point: an empty context, writing to the null block
-        self.integers_S7 = torch.zeros(num_slots + 1, 7, dtype=torch.int64, device=device)  # see slot_integers
+        rows = num_slots + 1
+        self.words, parts = one_allocation(
+            device,
+            ((rows, 7), torch.int64),
+            ((rows, MAX_END_IDS), torch.int64),
+            ((rows, 6), torch.float32),
+            ((rows, max_blocks), torch.int32),
+            ((num_slots,), torch.int64),
+        )
+        self.integers_S7, self.end_ids_SK, self.floats_S6, self.block_tables_SN, self.rows_B = parts
+        # integers_S7: see slot_integers; floats_S6: see sampling_floats.
         self.last_token_S, self.num_kv_tokens_S, self.position_S = self.integers_S7.unbind(1)[:3]
         self.seed_S, self.top_k_S, self.min_tokens_S, self.alive_S = self.integers_S7.unbind(1)[3:]
-        self.end_ids_SK = torch.full((num_slots + 1, MAX_END_IDS), -1, dtype=torch.int64, device=device)
-        self.floats_S6 = torch.zeros(num_slots + 1, 6, dtype=torch.float32, device=device)  # see sampling_floats
-        self.block_tables_SN = torch.full((num_slots + 1, max_blocks), null_block, dtype=torch.int32, device=device)
+        self.end_ids_SK.fill_(-1)
+        self.block_tables_SN.fill_(null_block)
+        self.rows_B.fill_(self.null_slot)
+        self._rows: tuple[int, ...] = ()  # what rows_B holds, ahead of its padding
+        self._asked: tuple[tuple[int, ...], Asked] | None = None  # by the rows of the last step
+        self.packets: SlotPackets | None = None
         # Exists only once a request, or a captured graph, needs it: 0.3 GB at 512 slots of Qwen3's vocabulary.
         self.seen_SV: Tensor | None = None
 
+    def use_packets(self, packets: SlotPackets) -> None:
+        """From now on changes go up in packets; they have made all rows those of the null slot."""
+        self.packets, self._rows = packets, ()
+
     def apply(self, shard: DecodeShard) -> None:
         """Take in what changed since the last step."""
-        if shard.entries:
-            self._enter(shard.entries)
-        if shard.new_blocks:
-            slots, columns, blocks = zip(*((new.slot, new.column, new.block) for new in shard.new_blocks), strict=True)
+        if self.packets is not None:
+            self._send(shard.entries, shard.new_blocks, shard.slots)
+        else:
+            self._write(shard.entries, shard.new_blocks)
+        for entry in shard.entries:
+            self.params[entry.slot] = params = entry.sampling.params
+            self.sampler_levels[entry.slot], self.num_logprobs[entry.slot] = params.sampler_level, params.logprobs
+            self._enter_seen(entry.slot, entry.sampling)
+            self._asked = None
+
+    def set_rows(self, slots: tuple[int, ...]) -> None:
+        """Make them the rows of the next step."""
+        if self.packets is not None:
+            self._send((), (), slots)
+        elif slots != self._rows:
+            self.rows_B.copy_(self._ids([*slots, *[self.null_slot] * (len(self.rows_B) - len(slots))]))
+            self._rows = slots
+
+    def _send(self, entries: tuple[SlotEntry, ...], new_blocks: tuple[NewBlock, ...], slots: tuple[int, ...]) -> None:
+        assert self.packets is not None
+        moved = slots != self._rows  # most steps have the rows of the step before
+        if entries or new_blocks or moved:
+            self.packets.send(entries, new_blocks, slots if moved else None)
+            self._rows = slots
+
+    def asked(self, slots: tuple[int, ...]) -> Asked:
+        """By a step of these rows."""
+        if self._asked is None or self._asked[0] != slots:
+            wanted = [self.num_logprobs[slot] for slot in slots]
+            level = max([self.sampler_levels[slot] for slot in slots])
+            self._asked = slots, Asked(level, wanted if any(k is not None for k in wanted) else [])
+        return self._asked[1]
+
+    def _write(self, entries: tuple[SlotEntry, ...], new_blocks: tuple[NewBlock, ...]) -> None:
+        """The plain twin of packets."""
+        if entries:
+            self._enter(entries)
+        if new_blocks:
+            slots, columns, blocks = zip(*((new.slot, new.column, new.block) for new in new_blocks), strict=True)
             self.block_tables_SN[self._ids(slots), self._ids(columns)] = self._ids(blocks).int()
 
     def _enter(self, entries: tuple[SlotEntry, ...]) -> None:
@@ -68,11 +138,9 @@ class SlotState:
         floats = [sampling_floats(entry.sampling.params) for entry in entries]
         self.floats_S6[slots_B] = to_device(floats, torch.float32, self.device)
         self.block_tables_SN[slots_B] = to_device(tables, torch.int32, self.device)
-        self.end_ids_SK[slots_B] = to_device([_end_ids(entry) for entry in entries], torch.int64, self.device)
-        for entry in entries:
-            self.params[entry.slot] = params = entry.sampling.params
-            self.sampler_levels[entry.slot], self.num_logprobs[entry.slot] = params.sampler_level, params.logprobs
-            self._enter_seen(entry.slot, entry.sampling)
+        end_ids = [kept_end_ids(entry) for entry in entries]
+        padded = [[*ids, *[-1] * (MAX_END_IDS - len(ids))] for ids in end_ids]
+        self.end_ids_SK[slots_B] = to_device(padded, torch.int64, self.device)
 
     def _enter_seen(self, slot: int, row: SamplingRow) -> None:
         """Rows of other requests keep what the slot's last owner left: nothing reads it."""
@@ -156,10 +224,9 @@ def slot_integers(row: SamplingRow, last_token: int, num_kv_tokens: int) -> tupl
     return last_token, num_kv_tokens, row.position, row.seed, top_k, row.params.min_tokens, 1
 
 
-def _end_ids(entry: SlotEntry) -> list[int]:
-    """Padded; none at all if they are too many: then the host alone ends the sequence, a few steps later."""
-    ids = entry.end_ids if len(entry.end_ids) <= MAX_END_IDS else ()
-    return [*ids, *[-1] * (MAX_END_IDS - len(ids))]
+def kept_end_ids(entry: SlotEntry) -> tuple[int, ...]:
+    """None at all if they are too many: then the host alone ends the sequence, a few steps later."""
+    return entry.end_ids if len(entry.end_ids) <= MAX_END_IDS else ()
 
 
 def sampling_floats(p: SamplingParams) -> tuple[float, ...]:
@@ -167,3 +234,16 @@ def sampling_floats(p: SamplingParams) -> tuple[float, ...]:
     _, top_p, min_p = sampling_filters(p)
     temperature = 0.0 if p.is_greedy else p.temperature
     return temperature, top_p, min_p, p.presence_penalty, p.frequency_penalty, p.repetition_penalty
+
+
+def one_allocation(
+    device: torch.device, *parts: tuple[tuple[int, ...], torch.dtype]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Zeroed tensors of these shapes and types in one memory, each aligned as if alone; that memory as int32 words."""
+    sizes = [prod(shape) * dtype.itemsize for shape, dtype in parts]
+    aligned = [-(-size // ALIGNED_BYTES) * ALIGNED_BYTES for size in sizes]
+    assert sum(aligned) < 1 << 33, "32-bit offsets of words"
+    memory = torch.zeros(sum(aligned), dtype=torch.uint8, device=device)
+    pieces = [piece[:size] for piece, size in zip(memory.split(aligned), sizes, strict=True)]
+    views = [piece.view(dtype).view(shape) for piece, (shape, dtype) in zip(pieces, parts, strict=True)]
+    return memory.view(torch.int32), tuple(views)

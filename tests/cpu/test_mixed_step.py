@@ -43,11 +43,13 @@ from tests.sim.simulated_device import CorruptKV, SimulatedExecutor, expected_to
 
 triton = pytest.importorskip("triton", reason="captured decode steps hold Triton kernels", exc_type=ImportError)
 
-from nanovllm.engine import step_sizes  # noqa: E402
+from nanovllm.engine import slot_packets, step_sizes  # noqa: E402
 from nanovllm.engine.decode_graphs import DecodeGraphs  # noqa: E402
 from nanovllm.engine.mixed_graphs import MixedGraphs  # noqa: E402
 from nanovllm.engine.prefill_graphs import MAX_SEQUENCES  # noqa: E402
+from nanovllm.engine.slot_packets import SlotPackets  # noqa: E402
 from nanovllm.engine.step_sizes import captured_sizes  # noqa: E402
+from nanovllm.kernels.packet import write_runs_reference  # noqa: E402
 
 VOCABULARY, BLOCK_SIZE, NUM_BLOCKS, NUM_SLOTS, MAX_MODEL_LEN = 97, 4, 160, 7, 64
 BOUND = 1e-5  # of keys, values and log-probabilities: a batch's shape may turn the last bits of a product
@@ -241,7 +243,7 @@ class ReplayedDecode(DecodeGraphs):
 
     def _run_sampler(self, bucket: int, kind: Any) -> None:
         slots_B = self.slots_B[:bucket]
-        batch = self.slots.sampling_batch(SimpleNamespace(slots=self._slots), slots_B)  # type: ignore[arg-type]
+        batch = self.slots.sampling_batch(SimpleNamespace(slots=self.slots._rows), slots_B)  # type: ignore[arg-type]
         self.token_ids_B[:bucket] = sample(self.logits_BV[:bucket], batch)
         self.slots.advance(slots_B, self.token_ids_B[:bucket])
         self.slots.count(slots_B, self.token_ids_B[:bucket])
@@ -280,6 +282,7 @@ def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """What graphs ask of CUDA; and sizes that a test reaches."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(slot_packets, "write_runs", write_runs_reference)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(step_sizes, "STEP_TOKENS", (10, 18, 30))
     monkeypatch.setattr(step_sizes, "MIN_CHUNK_TOKENS", 4)
@@ -296,6 +299,7 @@ def capture(runner: ModelRunner, graphs_of_mixed_steps: bool) -> None:
     model = runner.model.copy_to(runner.device, FromTheCard(runner.model.config))
     with torch.inference_mode():
         runner.graphs = ReplayedDecode(model, runner.kv_cache, runner.slots, NUM_SLOTS, MAX_MODEL_LEN)
+        runner.slots.use_packets(SlotPackets(runner.slots))
         if graphs_of_mixed_steps:
             runner.mixed_graphs = MixedGraphs(runner.graphs, 10_000)
     runner.kv_cache.pages.fill_(float("nan"))
