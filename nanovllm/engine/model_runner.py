@@ -17,7 +17,7 @@ from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillCh
 from nanovllm.engine.slot_state import SlotState, fill_seen, sampling_floats, slot_integers
 from nanovllm.engine.step_handle import StepHandle, timed_event
 from nanovllm.layers.attention import DecodeMetadata, MixedMetadata, PrefillMetadata
-from nanovllm.layers.host import reserve_pinned, to_device
+from nanovllm.layers.host import PinnedIds, reserve_pinned, to_device
 from nanovllm.layers.sampler import SamplingBatch, gather_logprobs, sample
 from nanovllm.layers.seen_tokens import unpack
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from nanovllm.engine.mixed_graphs import MixedGraphs
     from nanovllm.engine.pipeline_runs import PipelineOptions
     from nanovllm.engine.pipeline_scheduler import DecodePipelineScheduler
+
+RESULT_BUFFERS = 16  # more than a card has steps in flight; each of as many rows as a mixed step may have
 
 
 class ModelRunner:
@@ -58,6 +60,7 @@ class ModelRunner:
         on_gpu = self.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.device) if on_gpu else None
         self.copy_stream = torch.cuda.Stream(self.device) if on_gpu else None
+        self._pinned_ids = PinnedIds(RESULT_BUFFERS, 2 * max_num_seqs) if on_gpu else None
         if on_gpu:
             torch.cuda.synchronize(self.device)  # buffers were cleared on the default stream
 
@@ -78,7 +81,7 @@ class ModelRunner:
         """Advance every slot of the shard by one token."""
         with self._on_card():
             self.slots.apply(shard)
-            wanted = [self.slots.num_logprobs[slot] for slot in shard.slots]
+            wanted = self.slots.asked(shard.slots).num_logprobs
             start = self._mark()
             logits = self._decode(shard)
             kept = logits.clone() if _any_wanted(wanted) else logits  # penalties may change them in place
@@ -118,7 +121,7 @@ class ModelRunner:
     def _next_tokens(self, logits: Tensor, shard: DecodeShard) -> Tensor:
         """Sampled ids of the slots, which advance. `logits`: where the graphs read them, if there are any."""
         if self.graphs is not None:
-            kind = SAMPLER_KINDS[max([self.slots.sampler_levels[slot] for slot in shard.slots])]
+            kind = SAMPLER_KINDS[self.slots.asked(shard.slots).sampler_level]
             return self.graphs.replay_sampler(kind, len(shard.slots))
         slots_B = self._int64(shard.slots)
         token_ids = sample(logits, self.slots.sampling_batch(shard, slots_B))
@@ -326,7 +329,7 @@ class ModelRunner:
     ) -> StepHandle:
         most = max((k for k in wanted if k is not None), default=None)
         logprobs = () if most is None else gather_logprobs(logits, token_ids, min(most, logits.shape[-1]))
-        return StepHandle(token_ids, logprobs, wanted, start)
+        return StepHandle(token_ids, logprobs, wanted, start, self._pinned_ids)
 
     @contextmanager
     def _on_card(self) -> Iterator[None]:

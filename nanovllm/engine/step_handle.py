@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.shards import StepResult, TokenLogprobs
+from nanovllm.layers.host import PinnedIds
 
 if TYPE_CHECKING:
     from nanovllm.engine.pipeline_graphs import StageTimer
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 class StepHandle:
     """A launched step. `start` and `event`, timing events, mark its begin and end on the card; None on a CPU, where it
-    has ended already. `stages`: when each of its stages ran, where they were timed."""
+    has ended already. `stages`: when each of its stages ran, where they were timed. pinned: what a card's ids come back
+    through."""
 
     def __init__(
         self,
@@ -24,9 +26,12 @@ class StepHandle:
         logprobs: tuple[Tensor, ...],
         wanted: list[int | None],
         start: torch.cuda.Event | None,
+        pinned: PinnedIds | None = None,
     ) -> None:
-        self._wanted = wanted
-        self._host = [_to_host(tensor) for tensor in (token_ids, *logprobs)]
+        self._wanted, self._num_rows, self._pinned = wanted, len(token_ids), pinned
+        self._ids = token_ids if pinned is None else pinned.fetch(token_ids)
+        self._logprobs = [_to_host(tensor) for tensor in logprobs]
+        self._result: StepResult | None = None
         self.start = start
         self.event = None if start is None else timed_event()
         self.stages: StageTimer | None = None
@@ -52,12 +57,17 @@ class StepHandle:
         """Block until the step has ended; its sampled ids and the logprobs that rows asked for."""
         if self.event is not None:
             self.event.synchronize()
-        ids = self._host[0].tolist()
+        if self._result is None:  # once: then the ids' buffer is another step's
+            self._result = self._read()
+        return self._result
+
+    def _read(self) -> StepResult:
+        ids = self._ids.tolist() if self._pinned is None else self._pinned.read(self._ids, self._num_rows)
         if self._watcher is not None:
             self._watcher(ids)
-        if len(self._host) == 1:
+        if not self._logprobs:
             return StepResult(ids)
-        return StepResult(ids, _logprobs(self._wanted, *(tensor.tolist() for tensor in self._host[1:])))
+        return StepResult(ids, _logprobs(self._wanted, *(tensor.tolist() for tensor in self._logprobs)))
 
 
 def timed_event() -> torch.cuda.Event:
@@ -68,7 +78,8 @@ def timed_event() -> torch.cuda.Event:
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """A copy into pinned memory that a later event orders; the tensor itself on a CPU."""
+    """A copy into pinned memory that a later event orders; the tensor itself on a CPU. Few requests ask for more than
+    ids: this memory is torch's, which keeps it."""
     if not tensor.is_cuda:
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
