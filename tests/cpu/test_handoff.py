@@ -11,8 +11,8 @@ from nanovllm.engine import handoff as handing_off
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.handoff import Handoff
 from nanovllm.engine.request_states import State
-from nanovllm.engine.sequence import PrefillGroup, Request, Sequence
-from nanovllm.engine.shards import CopyShard
+from nanovllm.engine.sequence import PrefillGroup, Request, Sequence, append_sampled
+from nanovllm.engine.shards import CopyShard, StepResult
 from nanovllm.sampling_params import SamplingParams
 from tests.sim.world import World, tiny_config
 
@@ -79,7 +79,7 @@ class Cards:
     def decode(self, sequence: Sequence, tokens: list[int]) -> None:
         """Append generated tokens; the KV of the last one is not written yet."""
         for token in tokens:
-            sequence.append(token, None, 0.0)
+            append_sampled([sequence], StepResult([token]), 0.0)
         sequence.num_kv_tokens = len(sequence.tokens) - 1
         while sequence.num_kv_tokens > len(sequence.lease.tables[self.handoff.decode]) * SIZE:
             sequence.lease.grow(self.handoff.decode)
