@@ -25,10 +25,10 @@ def chunk_sizes(num_rows: int, max_num_seqs: int) -> list[int]:
 
 
 def tokens_within(budget_tokens: int, num_rows: int, max_num_seqs: int) -> int:
-    """Prompt tokens beside so many decode rows in a step of at most `budget_tokens`, at least 1: of a budget within
-    STEP_TOKENS the most that fill one of them, padding included, else what the rows leave."""
+    """Prompt tokens beside so many decode rows in a step of at most `budget_tokens`, at least 1: of a budget that
+    captured steps may fill the most that fill one, padding included; of a larger one what the rows leave."""
     rest = max(1, budget_tokens - num_rows)
-    if num_rows == 0 or budget_tokens > STEP_TOKENS[-1]:
+    if num_rows == 0 or budget_tokens > STEP_TOKENS[-2]:
         return rest
     bucket = _bucket_of(num_rows, max_num_seqs)
     return max((total - bucket for total in _totals(bucket) if total <= budget_tokens), default=rest)
