@@ -348,7 +348,8 @@ class _Rates:
 
 def _start_engine(config: Config, runners: list[ModelRunner]) -> LLMEngine:
     cards = dict(enumerate(runners))
-    scheduler = Scheduler(config, tuple(runner.kv_cache.num_blocks for runner in runners))
+    num_blocks = tuple(runner.kv_cache.num_blocks for runner in runners)
+    scheduler = Scheduler(config, num_blocks, runners[0].prefill_token_s)
     if not config.overlap:
         return LLMEngine(config, scheduler, lambda notify: InlineExecutor(cards))
     # A thread in pure Python holds the interpreter this long before the engine's threads get a turn. For the whole

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nanovllm.engine.pipeline_scheduler import DecodePipelineScheduler
 
 RESULT_BUFFERS = 16  # more than a card has steps in flight; each of as many rows as a mixed step may have
+PACE_TOKENS = 2048  # of the prompt whose pace is measured at start-up
 
 
 class ModelRunner:
@@ -53,6 +54,7 @@ class ModelRunner:
         self.prefill_graphs: PrefillGraphs | None = None
         self.mixed_graphs: MixedGraphs | None = None
         self.pipeline: DecodePipelineScheduler | None = None
+        self.prefill_token_s = 0.0  # of a prompt, in a step of many; 0: not measured
         self._has_kernels = model.attention.elementwise.name == "triton"
         max_blocks = -(-max_model_len // self.block_size)
         vocab_size = model.config.vocab_size
@@ -210,7 +212,8 @@ class ModelRunner:
             self._warm_prefill([min(count, self.max_model_len)], number)
 
     def reserve(self, max_num_batched_tokens: int) -> None:
-        """Take the memory that steps need: for the largest of them, for graphs, for the products' many kernels.
+        """Take the memory that steps need: for the largest of them, for graphs, for the products' many kernels. Then
+        measure `prefill_token_s`.
 
         After captures, which give back what torch keeps. What takes memory from the driver, or loads a kernel, waits in
         mid-service until both cards are idle.
@@ -221,6 +224,8 @@ class ModelRunner:
         if self.device.type == "cuda":
             reserve_pinned()
             self._rehearse(max_num_batched_tokens)
+        num_tokens = min(PACE_TOKENS, max_num_batched_tokens, self.max_model_len)
+        self.prefill_token_s = (self._warm_prefill([num_tokens]) or 0.0) / num_tokens  # last: nothing is loaded in it
 
     @torch.inference_mode()
     def _rehearse(self, max_num_batched_tokens: int) -> None:
@@ -232,13 +237,16 @@ class ModelRunner:
                     graphs.rehearse()
         torch.cuda.synchronize(self.device)
 
-    def _warm_prefill(self, lengths: list[int], kind: int = 0) -> None:
-        """A step of prompts that nobody asked for. From a single one two tokens are drawn, from each of many one."""
+    def _warm_prefill(self, lengths: list[int], kind: int = 0) -> float | None:
+        """A step of prompts that nobody asked for; its device seconds. From a single one two tokens are drawn, from
+        each of many one."""
         kinds = SamplingParams(), SamplingParams(top_k=2, top_p=0.5), SamplingParams(repetition_penalty=2.0)
         rows = (SamplingRow(kinds[kind % 3], seed=0, position=0),) * (2 if len(lengths) == 1 else 1)
         null = self.kv_cache.null_block
         chunks = [PrefillChunk((0,) * n, 0, (null,) * -(-n // self.block_size), rows) for n in lengths]
-        self.run_prefill(PrefillShard(0, 0, tuple(chunks))).wait()
+        handle = self.run_prefill(PrefillShard(0, 0, tuple(chunks)))
+        handle.wait()
+        return handle.seconds
 
     @torch.inference_mode()
     def run_copy(self, shard: CopyShard, target: ModelRunner, after: torch.cuda.Event | None) -> CopyHandle:

@@ -15,14 +15,15 @@ class Pace:
     """Moving averages of device seconds. Before the first measurement a chunk is the smallest.
 
     `max_num_seqs`: the most decode rows of a card. `itl_slo_ms`: what a step of the last card may take with a chunk;
-    None, and on other cards: twice what it takes without.
+    None, and on other cards: twice what it takes without. `token_s`: seconds a token of a prompt, as measured at
+    start-up; 0: unknown until a step of many was seen.
     """
 
-    def __init__(self, num_cards: int, max_num_seqs: int, itl_slo_ms: float | None) -> None:
+    def __init__(self, num_cards: int, max_num_seqs: int, itl_slo_ms: float | None, token_s: float = 0.0) -> None:
         self._max_num_seqs = max_num_seqs
         self._slo_s = None if itl_slo_ms is None else itl_slo_ms / 1e3
         self.decode_s = [0.0] * num_cards  # a step without prompts, as the batch is now
-        self.token_s = 0.0  # of a prompt, in a step of many
+        self.token_s = token_s  # of a prompt, in a step of many
 
     def record(self, shard: Shard, seconds: float) -> None:
         """A step has completed in so many seconds of its card."""

@@ -48,10 +48,11 @@ LIVES_TO_DECODE = frozenset({State.PREFILLING, State.COPYING, State.READY, State
 class Scheduler:
     """Queues and policy over `Handoff`'s blocks.
 
-    `num_blocks`: (card 0, card 1), or (card 0,) for one card, which then prefills and decodes.
+    `num_blocks`: (card 0, card 1), or (card 0,) for one card, which then prefills and decodes. `prefill_token_s`: what
+    a prompt takes, in seconds a token, if that was measured.
     """
 
-    def __init__(self, config: Config, num_blocks: tuple[int, ...]) -> None:
+    def __init__(self, config: Config, num_blocks: tuple[int, ...], prefill_token_s: float = 0.0) -> None:
         self.config = config
         self.block_size = config.kvcache_block_size
         self.prefill_card, self.decode_card = 0, len(num_blocks) - 1
@@ -63,7 +64,7 @@ class Scheduler:
         }
         self.handoff = Handoff(self.managers, self.prefill_card, self.decode_card, config.enable_prefix_caching)
         decoding = self.managers if self.elastic else (self.decode_card,)
-        self.pace = Pace(len(num_blocks), config.max_num_seqs, config.itl_slo_ms)
+        self.pace = Pace(len(num_blocks), config.max_num_seqs, config.itl_slo_ms, prefill_token_s)
         self.batches = {card: DecodeBatch(card, self.managers[card], config, self.pace) for card in decoding}
         self.waiting: list[tuple[tuple[int, int], PrefillGroup]] = []  # heap by arrival
         self.num_waiting_tokens = 0

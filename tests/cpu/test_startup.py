@@ -16,7 +16,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from nanovllm.engine.cards import STARTUP_PARTS, timed
+from nanovllm import llm as llm_module
+from nanovllm.engine import model_runner
+from nanovllm.engine.cards import STARTUP_PARTS, build_runners, timed
 from nanovllm.engine.rehearsal import product_rows, rehearse_products
 from tests.cpu.tiny import make_llm, write_config
 
@@ -112,6 +114,19 @@ def test_reserved_steps_are_within_every_limit(tmp_path: Path) -> None:
         runner.reserve(max_num_batched_tokens=130)
     assert max(shard.num_tokens for shard in shards) == 130 and max(shard.num_samples for shard in shards) == 5
     assert all(len(chunk.tokens) <= llm.max_model_len for shard in shards for chunk in shard.chunks)
+
+
+def test_the_pace_of_prefill_is_known_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_runner.StepHandle, "seconds", 0.26)
+    monkeypatch.setattr(llm_module, "build_runners", lambda *args: reserved(build_runners(*args)))
+
+    def reserved(runners: list[model_runner.ModelRunner]) -> list[model_runner.ModelRunner]:
+        for runner in runners:
+            runner.reserve(max_num_batched_tokens=130)
+        return runners
+
+    with make_llm(write_config(tmp_path)) as llm:
+        assert llm._engine.scheduler.pace.token_s == pytest.approx(0.26 / 130)
 
 
 @pytest.mark.parametrize("most", [1, 7, 8, 130, 512, 4097, 16_896])
