@@ -255,7 +255,7 @@ class LLM:
 
     def _finished(self, requests: list[Request]) -> Iterator[Request]:
         """Submit the requests and yield each as it ends; whatever stops the reader aborts the rest."""
-        queue, left = OutputQueue(), set(requests)
+        queue, left = OutputQueue(only_ends=True), set(requests)
         try:
             for request in requests:
                 self._engine.submit(request, queue)

@@ -34,9 +34,14 @@ class EngineDeadError(RuntimeError):
 
 
 class OutputQueue:
-    """Requests that advanced, each at most once, in order. Written by the engine, read by one caller."""
+    """Requests that advanced, each at most once, in order. Written by the engine, read by one caller.
 
-    def __init__(self) -> None:
+    only_ends: their last step alone. Whoever wants whole answers need not be woken in each step, and keep the
+    interpreter from the engine for it.
+    """
+
+    def __init__(self, only_ends: bool = False) -> None:
+        self.only_ends = only_ends
         self._condition = threading.Condition()
         self._advanced: dict[Request, None] = {}
         self._error: BaseException | None = None
@@ -107,14 +112,14 @@ class LLMEngine:
         self._wake.set()
 
     def has_unfinished(self, queue: OutputQueue | None = None) -> bool:
-        """Whether any request is unfinished; of `queue`: unfinished, or advanced since it was last taken from."""
+        """Whether any request is unfinished; of `queue`: unfinished, or told there since it was last taken from."""
         with self._lock:
             if queue is None:
                 return bool(self._live)
             return bool(queue) or any(owner is queue for owner in self._queues.values())
 
     def wait(self, queue: OutputQueue) -> list[Request]:
-        """Requests of `queue` that advanced; waits for at least one. Without an engine thread, runs the loop."""
+        """Requests that `queue` was told of; waits for at least one. Without an engine thread, runs the loop."""
         if self._thread is not None:
             return queue.take(None)
         while not (advanced := queue.take(0)):
@@ -226,9 +231,13 @@ class LLMEngine:
         """Tell their queues. A request's end is in its queue at the moment it stops being unfinished."""
         with self._lock:
             for queue, advanced in groupby(requests, self._queues.__getitem__):
-                queue.put(advanced)
+                if not queue.only_ends:
+                    queue.put(advanced)
             for request in dict.fromkeys(ended):
-                del self._live[request.request_id], self._queues[request]
+                del self._live[request.request_id]
+                queue = self._queues.pop(request)
+                if queue.only_ends:
+                    queue.put([request])
 
     def _check_progress(self) -> None:
         """Nothing happened: then either something is in flight or nothing is left to do."""

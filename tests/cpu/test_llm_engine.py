@@ -15,6 +15,7 @@ import pytest
 
 import nanovllm.llm as llm_module
 from nanovllm import LLM, EngineDeadError, SamplingParams
+from nanovllm.engine.llm_engine import OutputQueue
 from nanovllm.engine.request_states import TRANSITIONS, State
 from nanovllm.engine.sequence import Request, Sequence
 from tests.cpu.tiny import make_llm, paused, scripted, settle, wait_until, write_config, write_model
@@ -115,6 +116,22 @@ def test_aborts_from_other_threads(llm: LLM) -> None:
     stop.set()
     aborter.outcome()
     settle(llm)
+
+
+def test_whole_answers_are_told_once_increments_step_by_step(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, put = [], OutputQueue.put
+
+    def note(queue: OutputQueue, requests: Any) -> None:
+        requests = list(requests)
+        told.append([(request.request_id, request.finished) for request in requests])
+        put(queue, requests)
+
+    monkeypatch.setattr(OutputQueue, "put", note)
+    outputs = llm.generate([[1, 2], [3], [4, 5]], SamplingParams(n=2, max_tokens=5, ignore_eos=True), use_tqdm=False)
+    assert sorted(told) == [[(output.request_id, True)] for output in outputs]
+    told.clear()
+    assert len(list(llm.stream([7], SHORT))) >= 1
+    assert len(told) == 5 and [finished for news in told for _, finished in news] == [False] * 4 + [True]
 
 
 def test_a_slow_reader_stops_nobody(llm: LLM) -> None:
