@@ -281,6 +281,8 @@ def test_a_thousand_rebalances_leave_nothing_behind(model: Qwen3ForCausalLM, man
     for graph in graphs:
         graph.replay()
         expected.append(case.logits_BV.clone())
+    for graph in graphs * 50:  # the driver takes some 20 MB while two partitions take turns for the first times
+        graph.replay()
     torch.cuda.synchronize()
     switches, splits = manager.stats()["switches"], len(manager.splits)
     allocated, free = torch.cuda.memory_allocated(DEVICE), torch.cuda.mem_get_info(DEVICE)[0]
