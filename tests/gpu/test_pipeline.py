@@ -281,7 +281,7 @@ def test_a_thousand_rebalances_leave_nothing_behind(model: Qwen3ForCausalLM, man
     for graph in graphs:
         graph.replay()
         expected.append(case.logits_BV.clone())
-    for graph in graphs * 50:  # the driver takes some 20 MB while two partitions take turns for the first times
+    for graph in graphs * 50:  # in one run of two the driver had taken 20 MB after a thousand: a start, or a leak?
         graph.replay()
     torch.cuda.synchronize()
     switches, splits = manager.stats()["switches"], len(manager.splits)
