@@ -1,11 +1,11 @@
 """Check and time decode attention on a few SMs: TB/s of keys and values on partitions of a Hopper card.
 
     python tools/bench_partition_attention.py           # needs one Hopper GPU, nanovllm and green_ctx on PYTHONPATH
-    python tools/bench_partition_attention.py shares    # only variants whose name contains one of the words
+    python tools/bench_partition_attention.py ring      # only variants whose name contains one of the words
 
 Every figure is the median over replays of a CUDA graph of a few layers' calls, captured on a green-context stream,
 over blocks scattered in a pool of many times the L2. `stream` reads as many bytes in a row; `tiles` reads the same
-pages as `shares` and computes nothing. Every variant is compared with float64 before it is timed, in a pool of NaN.
+pages and computes nothing. Every other variant is compared with float64 before it is timed, in a pool of NaN.
 Variants run in a child process; one that dies or is silent for too long is left out, and the next child goes on behind
 it. The last line is one JSON object, variant → SMs → case → TB/s.
 """
@@ -31,8 +31,8 @@ from sweep_prefill import compile_ahead, read_lines
 from torch import Tensor
 
 from green_ctx import split_device_green_ctx_by_sm_count
-from nanovllm.kernels.paged_decode import DecodeTiles, count_sms, paged_decode, paged_decode_reference
-from nanovllm.kernels.paged_decode_hopper import ShareTiles, paged_decode_tma
+from nanovllm.kernels.paged_decode import count_sms, paged_decode, paged_decode_reference
+from nanovllm.kernels.paged_decode_hopper import RingShape, paged_decode_ring
 from nanovllm.kernels.paged_prefill_hopper import page_descriptor
 
 KV_HEADS, HEADS, HEAD_DIM, PAGE, LAYERS, DTYPE = 8, 32, 128, 64, 8, torch.bfloat16
@@ -44,16 +44,23 @@ START_LIMIT_S, SILENCE_LIMIT_S = 90, 15  # of a child before its first variant, 
 Run = Callable[..., Any]  # of q, k_pages, v_pages, block_tables, context_lens, max_context_tokens, num_sms
 
 
+class LoadTiles(NamedTuple):
+    """Of a program that does nothing but load."""
+
+    tile_tokens: int = 64
+    num_warps: int = 2
+    num_stages: int = 3
+    programs_per_sm: int = 3
+
+
 def variants() -> dict[str, Run]:
-    shares = [(32, 1, 4, 4), (32, 1, 3, 6), (32, 1, 3, 5), (32, 1, 5, 3), (16, 1, 7, 4), (32, 2, 4, 4), (64, 2, 3, 3)]
-    shares += [(64, 4, 3, 3), (64, 2, 4, 2), (64, 4, 4, 2)]
+    rings = [(2, 3), (3, 2), (6, 1)]
     return {
         "stream": read_stream,
         "paged_decode": paged_decode,
-        "paged_decode (64, 2, 2)": partial(paged_decode, tiles=DecodeTiles(64, 2, 2)),
-        f"shares {shares[0]} no pdl": partial(paged_decode_tma, tiles=ShareTiles(*shares[0]), pdl=False),
-        **{f"shares {each}": partial(paged_decode_tma, tiles=ShareTiles(*each)) for each in shares},
-        **{f"tiles {each}": partial(read_tiles, tiles=ShareTiles(*each)) for each in (shares[0], shares[6])},
+        f"ring {rings[0]} no pdl": partial(paged_decode_ring, ring=RingShape(*rings[0]), pdl=False),
+        **{f"ring {each}": partial(paged_decode_ring, ring=RingShape(*each)) for each in rings},
+        "tiles": partial(read_tiles, tiles=LoadTiles()),
     }
 
 
@@ -120,7 +127,7 @@ def read_tiles(
     bound: int,
     *,
     num_sms: int,
-    tiles: ShareTiles,
+    tiles: LoadTiles,
     **_: Any,
 ) -> None:
     """All pages of the table."""

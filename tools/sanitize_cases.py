@@ -17,7 +17,7 @@ from nanovllm.kernels.decode_state import advance, gather_inputs
 from nanovllm.kernels.filtered_race import Sizes, filtered_race
 from nanovllm.kernels.packet import write_runs, write_runs_reference
 from nanovllm.kernels.paged_decode import paged_decode, paged_decode_reference
-from nanovllm.kernels.paged_decode_hopper import paged_decode_tma
+from nanovllm.kernels.paged_decode_hopper import paged_decode_ring
 from nanovllm.kernels.paged_prefill import paged_prefill, paged_prefill_reference, store_kv, store_kv_reference
 from nanovllm.kernels.paged_prefill_hopper import paged_prefill_tma
 from nanovllm.kernels.partial_sums import add_partial_sums
@@ -124,13 +124,13 @@ def decode_case(shape: Pages, contexts: Sequence[int], num_splits: int | None, o
     return Case(build, kernel, lambda *args, row_order: paged_decode_reference(*args))
 
 
-def shares_case(shape: Pages, contexts: Sequence[int], num_sms: int) -> Case:
+def ring_case(shape: Pages, contexts: Sequence[int], num_sms: int) -> Case:
     def build(inputs: Inputs, run: Callable[..., Tensor]) -> Sequence[Tensor]:
         tables, num_blocks = shape.tables(inputs, contexts)
         pages, q = shape.make(inputs, num_blocks), shape.queries(inputs, len(contexts))
         return [run(q, *pages, tables, inputs.numbers(contexts, torch.int32))]
 
-    kernel = partial(paged_decode_tma, max_context_tokens=max(contexts), num_sms=num_sms)
+    kernel = partial(paged_decode_ring, max_context_tokens=max(contexts), num_sms=num_sms)
     return Case(build, kernel, paged_decode_reference)
 
 

@@ -51,7 +51,7 @@ from tools.sanitize_cases import (
     push_case,
     qk_case,
     race_case,
-    shares_case,
+    ring_case,
     silu_case,
     skinny_case,
     skinny_norm_case,
@@ -92,9 +92,10 @@ CASES: dict[str, tuple[Case, ...]] = {  # by module of nanovllm/kernels
         prefill_case(WIDE, (40, 0, 17), (0, 0, 175), tma=True),
     ),
     "paged_decode_hopper": (
-        shares_case(WIDE, (64, 1, 0, 65, 192), num_sms=3),
-        shares_case(Pages(group=4, kv_heads=2, head_dim=128, page=32), (33, 700), num_sms=8),
+        ring_case(WIDE, (64, 1, 0, 65, 192), num_sms=3),
+        ring_case(Pages(group=5, kv_heads=2, head_dim=128, page=128), (33, 700), num_sms=8),
     ),
+    "tile_shares": (ring_case(WIDE, (2000, 3, 130), num_sms=8),),
     "decode_state": (gather_case(16), gather_case(64), advance_case(end_id=42), advance_case(end_id=43)),
     "packet": (packet_case(1, 1), packet_case(7, 300), packet_case(257, 257)),
     "race": (race_case(5000, True), race_case(5000, False), race_case(4096, True)),
@@ -138,6 +139,9 @@ def kernels_of(module: str) -> set[str]:
     """Names of what a module of nanovllm/kernels launches: its jitted functions called …_kernel."""
     names = vars(import_module(f"nanovllm.kernels.{module}")).items()
     return {name for name, value in names if isinstance(value, KernelInterface) and name.endswith("_kernel")}
+
+
+GLUON = frozenset({"paged_decode_hopper", "tile_shares"})  # Triton's interpreter does not know it: on a card alone
 
 
 @contextmanager
@@ -191,13 +195,14 @@ def main() -> None:
         plant(device)
         return
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16  # the interpreter computes bfloat16 wrongly
+    chosen = {module: CASES[module] for module in CASES if device.type == "cuda" or module not in GLUON}
     with launches() as launched:
-        for module, cases in CASES.items():
+        for module, cases in chosen.items():
             errors = [check(case, device, dtype) for case in cases]
             print(f"{module:20} {len(cases)} cases, largest error {max(errors):.1e}", flush=True)
-    if missing := set().union(*map(kernels_of, CASES)) - launched:
+    if missing := set().union(*map(kernels_of, chosen)) - launched:
         raise SystemExit(f"never launched: {sorted(missing)}")
-    report = {"kernels": sorted(launched), "cases": {module: len(cases) for module, cases in CASES.items()}}
+    report = {"kernels": sorted(launched), "cases": {module: len(cases) for module, cases in chosen.items()}}
     print(json.dumps(report | {"device": str(device), "torch": torch.__version__, "triton": triton.__version__}))
 
 

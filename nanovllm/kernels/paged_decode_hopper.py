@@ -1,26 +1,37 @@
-"""Decode attention over paged KV on Hopper, for a few SMs: pages loaded by its bulk copy engine, never idle in between.
+"""Decode attention over paged KV on Hopper, for a few SMs: loads never wait for arithmetic, nor for the next row.
 
 `paged_decode` begins each (row, KV head) in a program of its own, whose first load waits for a launch, a context, a
 block id and a query. Where every SM must have 100 KB in flight to keep its share of the memory busy, that shows. Here
-as many programs as fit at once share the tiles of all rows equally, each a run of consecutive tiles, in the manner of
-stream-K (Osama et al. 2023) and Lean Attention (Sanovar et al. 2024). One loop goes over a program's tiles, whatever
-rows they are of, so that its loads run ahead across rows too.
-Rows that were cut are put together by a second kernel, by their log-sum-exp (Flash-Decoding, Dao et al. 2023).
+as many programs as fit at once share the tiles of all rows equally (`tile_shares`). A program is a warp that only
+loads, a ring of tiles ahead and across rows, and a warpgroup that only computes (warp specialisation, as in
+FlashAttention-3, Shah et al. 2024). With a tile's tokens as the products' 64 rows and the query heads of one KV head
+as their 8 columns, the tensor cores read keys and values where they were loaded: K·qᵀ as it lies, and Vᵀ·p transposed.
+The scores of a row's next tile are computed while the softmax (online, Milakov & Gimelshein 2018) of this one is.
 
-The last tile of a context is loaded shifted, as in `paged_prefill_hopper`: what lies past the context is not read.
+A context's last tile is loaded shifted, as in `paged_prefill_hopper`: what lies past the context is not read.
 Letters in names: B rows, H query heads, K KV heads, G = H / K, D head dim, S shares.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.kernels.launch import has_pdl, wait_for_predecessor
+from nanovllm.kernels.launch import has_pdl
 from nanovllm.kernels.paged_decode import (
     MIN_SPLIT_TOKENS,
     check_pages,
@@ -30,218 +41,293 @@ from nanovllm.kernels.paged_decode import (
     row_heads,
     score_scale_log2,
 )
-from nanovllm.kernels.paged_prefill_hopper import HEAD_DIM, page_descriptor
+from nanovllm.kernels.tile_shares import TILE, Share, count_tiles, find_share, join_parts, make_parts, share_of
 
-PLANNED_ROWS = tl.constexpr(256)  # contexts that a program sums up at once
-MIN_DOT_HEADS = 8  # columns of the tensor cores' product
-COMBINED_PARTS = 16
+DIM = gl.constexpr(128)
+HALF = gl.constexpr(64)  # elements of 128 bytes, the widest a box may be with its swizzle
+Q_STAGES = gl.constexpr(2)
+MIN_PRODUCT_HEADS = 8  # columns of a warpgroup's product
+LOADER_REGISTERS = gl.constexpr(24)  # of a thread; the warpgroup gets what is left
 
 
-class ShareTiles(NamedTuple):
-    """tile_tokens: KV tokens of a step. num_stages: tiles in shared memory. programs_per_sm must fit at once."""
+class RingShape(NamedTuple):
+    """num_stages: tiles of keys, and of values, in shared memory. programs_per_sm should fit at once.
 
-    tile_tokens: int = 64
-    num_warps: int = 2
-    num_stages: int = 3
+    The default read most of what an H200's partitions were tried with: 4.1 TB/s on 44 SMs at 256x1024.
+    """
+
+    num_stages: int = 2
     programs_per_sm: int = 3
 
-
-SMALL_PAGE_TILES = ShareTiles(32, num_warps=1, num_stages=3, programs_per_sm=6)
-
-
-def choose_share_tiles(page_tokens: int) -> ShareTiles:
-    """Best of a sweep on an H200: 3.2 TB/s on 44 SMs with 256x1024; 3.1 with those for smaller pages."""
-    return ShareTiles() if page_tokens >= ShareTiles().tile_tokens else SMALL_PAGE_TILES
+    @property
+    def max_registers(self) -> int:
+        """Of a thread: an SM's 65,536 among the programs, of eight warps each, four of which hardly need any."""
+        return min(168, 65536 // (self.programs_per_sm * 256) // 8 * 8)
 
 
-@triton.jit
-def _count_tiles(context: tl.tensor, TILE: tl.constexpr) -> tl.tensor:
-    """A row without context counts as a tile: its zeros have to be written."""
-    return tl.maximum(tl.cdiv(context, TILE), 1)
+class Ring(NamedTuple):
+    """Tiles in shared memory: the i-th lies in buffer i % stages. A buffer has two barriers, whose phase i // stages is
+    about that tile.
 
-
-@triton.jit
-def _share_of(tile: tl.tensor, total: tl.tensor, num_shares: tl.tensor) -> tl.tensor:
-    """The share that holds a tile, if share s begins at s · total // num_shares."""
-    return ((tile + 1) * num_shares - 1) // total
-
-
-@triton.jit
-def _find_share(
-    context_lens_ptr: tl.tensor,
-    num_rows: tl.tensor,
-    share: tl.tensor,
-    num_shares: tl.tensor,
-    min_tiles: tl.tensor,
-    TILE: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """(begin, end, total, used, row, in_row): a share's tiles, counted over all rows; of all rows the tiles, and the
-    shares in use; the row of tile `begin`, and which of that row's tiles it is. Shares past the used ones are empty."""
-    total = 0
-    for first in range(0, num_rows, PLANNED_ROWS):
-        rows = first + tl.arange(0, PLANNED_ROWS)
-        context = tl.load(context_lens_ptr + rows, mask=rows < num_rows, other=0)
-        total += tl.sum(tl.where(rows < num_rows, _count_tiles(context, TILE), 0), 0)
-    used = tl.minimum(num_shares, tl.cdiv(total, min_tiles))
-    begin = (tl.minimum(share, used).to(tl.int64) * total // used).to(tl.int32)
-    end = (tl.minimum(share + 1, used).to(tl.int64) * total // used).to(tl.int32)
-    row, row_begin, before = 0, 0, 0
-    for first in range(0, num_rows, PLANNED_ROWS):
-        rows = first + tl.arange(0, PLANNED_ROWS)
-        context = tl.load(context_lens_ptr + rows, mask=rows < num_rows, other=0)
-        ends = before + tl.cumsum(tl.where(rows < num_rows, _count_tiles(context, TILE), 0), 0)
-        passed = (ends <= begin) & (rows < num_rows)
-        row += tl.sum(passed.to(tl.int32), 0)
-        row_begin = tl.maximum(row_begin, tl.max(tl.where(passed, ends, 0), 0))
-        before = tl.max(ends, 0)
-    return begin, end, total, used, tl.minimum(row, num_rows - 1), begin - row_begin
-
-
-@triton.jit(
-    do_not_specialize=["num_rows", "q_row_heads", "table_row_blocks", "min_tiles"],
-    do_not_specialize_on_alignment=["tables_ptr", "context_lens_ptr"],
-)
-def _share_kernel(
-    out_ptr: tl.tensor,
-    parts_ptr: tl.tensor,
-    lse_ptr: tl.tensor,
-    cuts_ptr: tl.tensor,
-    q_ptr: tl.tensor,
-    k_desc: tl.tensor_descriptor,
-    v_desc: tl.tensor_descriptor,
-    tables_ptr: tl.tensor,
-    context_lens_ptr: tl.tensor,
-    num_rows: tl.tensor,
-    q_row_heads: tl.tensor,
-    table_row_blocks: tl.tensor,
-    scale_log2: tl.tensor,
-    min_tiles: tl.tensor,
-    K: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-    TILE: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-) -> None:
-    """Grid (K, S). One KV head's tiles of one share. A row that lies in it goes to `out`. Of one that does not, the
-    part goes to parts[2s], or to parts[2s + 1] if the row begins here; then cuts[s] gets (row, its parts), else (_, 0).
+    Only the loading warp writes. It waits until `empty` has ended the phase before (of which a new barrier says that it
+    has), tells `full` how many bytes will come, and asks for them; with the last of them that phase of `full` ends.
+    Only the warpgroup reads. It waits for that end, and one thread arrives at `empty` when all warps have waited for
+    the product that reads the tile (the compiler puts a barrier of the warpgroup before that). So no tile is read
+    before all of it is there, and none is written over while a product may read it.
+    Nobody waits for ever: both go through the same rows and tiles, and what a tile's load waits for are products of
+    tiles that were asked for before it.
     """
-    kv_head, share, num_shares = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    wait_for_predecessor(PDL)
-    begin, end, total, used, row, in_row = _find_share(context_lens_ptr, num_rows, share, num_shares, min_tiles, TILE)
-    heads, dims, places = tl.arange(0, HEADS), tl.arange(0, HEAD_DIM), tl.arange(0, TILE)
-    real = heads < GROUP
-    offsets = heads[:, None] * HEAD_DIM + dims
-    column = kv_head * HEAD_DIM
-    last_row = num_rows - 1
-    context = tl.load(context_lens_ptr + row)
-    next_context = tl.load(context_lens_ptr + tl.minimum(row + 1, last_row))
-    token = in_row * TILE
-    block_ptr = tables_ptr + row.to(tl.int64) * table_row_blocks + token // PAGE
-    block = tl.load(block_ptr, mask=token < context, other=0)
-    first_head = row.to(tl.int64) * q_row_heads + kv_head * GROUP
-    q = tl.load(q_ptr + first_head * HEAD_DIM + offsets, mask=real[:, None], other=0.0)
-    top = tl.full([HEADS], float("-inf"), tl.float32)
-    sums = tl.zeros([HEADS], tl.float32)
-    acc = tl.zeros([HEAD_DIM, HEADS], tl.float32)
-    for tile in tl.range(begin, end, num_stages=STAGES):
-        shift = tl.maximum(in_row * TILE + TILE - context, 0)
-        token = in_row * TILE % PAGE - shift
-        k = k_desc.load([block, token, column]).reshape(TILE, HEAD_DIM)
-        v = v_desc.load([block, token, column]).reshape(TILE, HEAD_DIM)
-        # Tokens and dims are the products' rows: as columns, 8 heads suffice, and half the arithmetic.
-        scores = tl.dot(k, q.T, input_precision="tf32x3") * scale_log2
-        scores = tl.where((places >= shift)[:, None], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 0))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row without context has seen nothing
-        p = tl.exp2(scores - base)
-        alpha = tl.exp2(top - base)
-        sums = sums * alpha + tl.sum(p, 0)
-        acc = tl.dot(v.T, p.to(v.dtype), acc * alpha, input_precision="tf32x3")
-        top = new_top
 
-        ends_row = in_row + 1 == _count_tiles(context, TILE)
-        if ends_row | (tile + 1 == end):
-            result = (acc / tl.where(sums > 0, sums, 1.0)).T
-            begins_here = tile - in_row >= begin
-            if ends_row & begins_here:
-                first_head = row.to(tl.int64) * (K * GROUP) + kv_head * GROUP
-                out_ptrs = out_ptr + first_head * HEAD_DIM + offsets
-                tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=real[:, None])
-            else:
-                first_head = (share * 2 + begins_here).to(tl.int64) * (K * GROUP) + kv_head * GROUP
-                tl.store(parts_ptr + first_head * HEAD_DIM + offsets, result, mask=real[:, None])
-                tl.store(lse_ptr + first_head + heads, top + tl.log2(sums), mask=real)
-            first_head = tl.minimum(row + 1, last_row).to(tl.int64) * q_row_heads + kv_head * GROUP
-            q = tl.load(q_ptr + first_head * HEAD_DIM + offsets, mask=real[:, None], other=0.0)
-            # Set, not scaled by 0: a row of NaN must not spoil the next.
-            top = tl.full([HEADS], float("-inf"), tl.float32)
-            sums = tl.zeros([HEADS], tl.float32)
-            acc = tl.zeros([HEAD_DIM, HEADS], tl.float32)
-        row += ends_row.to(tl.int32)
-        in_row = tl.where(ends_row, 0, in_row + 1)
-        context = tl.where(ends_row, next_context, context)
-        # Loaded ahead of their use: a page's load must wait for neither.
-        next_context = tl.load(context_lens_ptr + tl.minimum(row + 1, last_row))
-        token = in_row * TILE
-        block_ptr = tables_ptr + tl.minimum(row, last_row).to(tl.int64) * table_row_blocks + token // PAGE
-        block = tl.load(block_ptr, mask=token < context, other=0)
+    tiles: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+
+@gluon.jit
+def _make_ring(desc: tma.tensor_descriptor, STAGES: gl.constexpr, ROWS: gl.constexpr) -> Ring:
+    """Of tiles [ROWS, DIM], each in two boxes [1, ROWS, HALF], one behind the other."""
+    tiles = gl.allocate_shared_memory(desc.dtype, [STAGES * 2, 1, ROWS, HALF], desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    return Ring(tiles, full, empty)
+
+
+@gluon.jit
+def _fetch(
+    desc: tma.tensor_descriptor,
+    x: gl.tensor,
+    y: gl.tensor,
+    z: gl.tensor,
+    ring: Ring,
+    i: gl.tensor,
+    STAGES: gl.constexpr,
+) -> None:
+    """The i-th tile of a ring, from (x, y, z) of a tensor map on."""
+    stage, phase = i % STAGES, i // STAGES & 1
+    mbarrier.wait(ring.empty.index(stage), phase ^ 1)
+    mbarrier.expect(ring.full.index(stage), desc.block_type.nbytes * 2)
+    for half in gl.static_range(2):
+        box = ring.tiles.index(stage * 2 + half)
+        tma.async_copy_global_to_shared(desc, [x, y, z + half * HALF], ring.full.index(stage), box)
+
+
+@gluon.jit
+def _load(
+    q_desc: tma.tensor_descriptor, k_desc: tma.tensor_descriptor, v_desc: tma.tensor_descriptor,
+    tables_ptr: gl.tensor, context_lens_ptr: gl.tensor,
+    table_row_blocks: gl.tensor, last_row: gl.tensor, share: Share, q_ring: Ring, k_ring: Ring, v_ring: Ring,
+    GROUP: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
+) -> None:  # fmt: skip
+    """The loading warp: every row's query, and its tiles as fast as the ring takes them."""
+    kv_head = gl.program_id(0)
+    row, in_row, tile, step, turn = share.row, share.in_row, share.begin, gl.to_tensor(0), gl.to_tensor(0)
+    context = gl.load(context_lens_ptr + row)
+    table_ptr = tables_ptr + row.to(gl.int64) * table_row_blocks
+    block = gl.load(table_ptr + in_row * TILE // PAGE)
+    while tile < share.end:
+        # What the next row begins with is loaded a row ahead, so that its tiles follow these at once.
+        next_row = gl.minimum(row + 1, last_row)
+        next_context = gl.load(context_lens_ptr + next_row)
+        next_table_ptr = tables_ptr + next_row.to(gl.int64) * table_row_blocks
+        first_block = gl.load(next_table_ptr)
+        num_tiles = gl.minimum(count_tiles(context) - in_row, share.end - tile)
+        if context > 0:
+            _fetch(q_desc, row, kv_head * GROUP, 0, q_ring, turn, Q_STAGES)
+            turn += 1
+            last_column = (context - 1) // PAGE
+            for i in range(in_row, in_row + num_tiles):
+                start = i * TILE
+                token = start % PAGE - gl.maximum(start + TILE - context, 0)
+                next_block = gl.load(table_ptr + gl.minimum((start + TILE) // PAGE, last_column))
+                _fetch(k_desc, block, token, kv_head * DIM, k_ring, step, STAGES)
+                _fetch(v_desc, block, token, kv_head * DIM, v_ring, step, STAGES)
+                block = next_block
+                step += 1
+        tile += num_tiles
+        row, context, table_ptr, block = row + 1, next_context, next_table_ptr, first_block
+        in_row = gl.to_tensor(0)
+
+
+@gluon.constexpr_function
+def _exchanged_layout(num_heads: Any) -> Any:
+    """[4, num_heads]: of the products' columns, each thread has its own ones, of all four warps."""
+    registers = [[0, 1], [1, 0], [2, 0]] + [[0, 8 << bit] for bit in range((num_heads // 8).bit_length() - 1)]
+    lanes = [[0, 2], [0, 4], [0, 0], [0, 0], [0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[0, 0], [0, 0]], [], [4, num_heads])
+
+
+@gluon.jit
+def _column_max(scores: gl.tensor, exchange: gl.shared_memory_descriptor) -> gl.tensor:
+    """f32 [HEADS]: over the 64 tokens [64, HEADS], of which each warp has 16."""
+    warps = gl.max(gl.reshape(scores, [4, 16, scores.shape[1]]), 1)
+    exchange.store(warps)
+    EXCHANGED: gl.constexpr = _exchanged_layout(scores.shape[1])
+    return gl.convert_layout(gl.max(exchange.load(EXCHANGED), 0), gl.SliceLayout(0, scores.type.layout))
+
+
+@gluon.jit
+def _softmax(
+    scores: gl.tensor, sums: gl.tensor, acc: gl.tensor, top: gl.tensor, scale_log2: gl.tensor,
+    exchange: gl.shared_memory_descriptor, p_tile: gl.shared_memory_descriptor,
+) -> tuple[gl.tensor, gl.tensor, gl.tensor]:  # fmt: skip
+    """Online softmax; the weights go to shared memory, for the tensor cores.
+
+    There they replace those of the tile before: every warp has waited for the product that read them before it put
+    its maxima into `exchange`, and has seen those of all the others since.
+    """
+    new_top = gl.maximum(top, _column_max(scores, exchange) * scale_log2)
+    p = gl.exp2(scores * scale_log2 - new_top[None, :])
+    alpha = gl.exp2(top - new_top)[None, :]
+    p_tile.store(gl.permute(p.to(p_tile.dtype), (1, 0)))
+    fence_async_shared()
+    return sums * alpha + p, acc * alpha, new_top
+
+
+@gluon.jit
+def _compute(
+    out_ptr: gl.tensor, parts_ptr: gl.tensor, lse_ptr: gl.tensor, cuts_ptr: gl.tensor, context_lens_ptr: gl.tensor,
+    scale_log2: gl.tensor, last_row: gl.tensor, share: Share, q_ring: Ring, k_ring: Ring, v_ring: Ring,
+    p_tile: gl.shared_memory_descriptor, exchange: gl.shared_memory_descriptor,
+    K: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr,
+) -> None:  # fmt: skip
+    """The computing warpgroup. Tiles are [tokens, dims]; scores and weights [tokens, heads], acc [dims, heads]."""
+    dtype: gl.constexpr = k_ring.tiles.dtype
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEADS, 16])
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    q_tiles = q_ring.tiles._reinterpret(dtype, [Q_STAGES, HEADS, DIM], SHARED)
+    k_tiles = k_ring.tiles._reinterpret(dtype, [STAGES, TILE, DIM], SHARED)
+    v_tiles = v_ring.tiles._reinterpret(dtype, [STAGES, TILE, DIM], SHARED)
+    p = p_tile.permute((1, 0))
+    kv_head, share_id = gl.program_id(0), gl.program_id(1)
+    heads = gl.arange(0, HEADS, gl.SliceLayout(0, LAYOUT))
+    dims = gl.arange(0, DIM, gl.SliceLayout(1, LAYOUT))
+    places = gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT))
+    nothing = gl.zeros([TILE, HEADS], gl.float32, LAYOUT)
+    row, in_row, tile, step, turn = share.row, share.in_row, share.begin, gl.to_tensor(0), gl.to_tensor(0)
+    context = gl.load(context_lens_ptr + row)
+    while tile < share.end:
+        next_context = gl.load(context_lens_ptr + gl.minimum(row + 1, last_row))
+        num_tiles = gl.minimum(count_tiles(context) - in_row, share.end - tile)
+        top = gl.full([HEADS], float("-inf"), gl.float32, gl.SliceLayout(0, LAYOUT))
+        sums = gl.zeros([TILE, HEADS], gl.float32, LAYOUT)  # added up at the row's end
+        acc = gl.zeros([DIM, HEADS], gl.float32, LAYOUT)
+        if context > 0:
+            q_stage, stage, phase = turn % Q_STAGES, step % STAGES, step // STAGES & 1
+            q = q_tiles.index(q_stage).permute((1, 0))
+            mbarrier.wait(q_ring.full.index(q_stage), turn // Q_STAGES & 1)
+            mbarrier.wait(k_ring.full.index(stage), phase)
+            scores = warpgroup_mma(k_tiles.index(stage), q, nothing, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(0, deps=[scores])
+            mbarrier.arrive(k_ring.empty.index(stage), count=1)
+            for _ in range(1, num_tiles):
+                ahead, ahead_phase = (step + 1) % STAGES, (step + 1) // STAGES & 1
+                mbarrier.wait(k_ring.full.index(ahead), ahead_phase)
+                next_scores = warpgroup_mma(k_tiles.index(ahead), q, nothing, use_acc=False, is_async=True)
+                sums, acc, top = _softmax(scores, sums, acc, top, scale_log2, exchange, p_tile)
+                mbarrier.wait(v_ring.full.index(stage), phase)
+                acc = warpgroup_mma(v_tiles.index(stage).permute((1, 0)), p, acc, is_async=True)
+                scores = warpgroup_mma_wait(1, deps=[next_scores])
+                mbarrier.arrive(k_ring.empty.index(ahead), count=1)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(v_ring.empty.index(stage), count=1)
+                step += 1
+                stage, phase = ahead, ahead_phase
+            mbarrier.arrive(q_ring.empty.index(q_stage), count=1)
+            # Only the context's last tile was loaded shifted; in a share that ends before, the shift is 0.
+            shift = gl.maximum((in_row + num_tiles) * TILE - context, 0)
+            scores = gl.where((places >= shift)[:, None], scores, float("-inf"))
+            sums, acc, top = _softmax(scores, sums, acc, top, scale_log2, exchange, p_tile)
+            mbarrier.wait(v_ring.full.index(stage), phase)
+            acc = warpgroup_mma(v_tiles.index(stage).permute((1, 0)), p, acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(v_ring.empty.index(stage), count=1)
+            step += 1
+            turn += 1
+
+        ends_row = in_row + num_tiles == count_tiles(context)
+        weight = gl.sum(sums, 0)
+        result = acc / gl.where(weight > 0, weight, 1.0)[None, :]
+        offsets = heads[None, :] * DIM + dims[:, None]
+        real = heads < GROUP
+        begins_here = tile - in_row >= share.begin
+        if ends_row & begins_here:
+            first_head = row.to(gl.int64) * (K * GROUP) + kv_head * GROUP
+            gl.store(out_ptr + first_head * DIM + offsets, result.to(dtype), mask=real[None, :])
+        else:
+            first_head = (share_id * 2 + begins_here).to(gl.int64) * (K * GROUP) + kv_head * GROUP
+            gl.store(parts_ptr + first_head * DIM + offsets, result, mask=real[None, :])
+            gl.store(lse_ptr + first_head + heads, top + gl.log2(weight), mask=real)
+        tile += num_tiles
+        in_row = gl.where(ends_row, 0, in_row + num_tiles)
+        row += ends_row.to(gl.int32)
+        context = gl.where(ends_row, next_context, context)
 
     if kv_head == 0:
-        row_begin = end - in_row
-        parts = _share_of(row_begin + _count_tiles(context, TILE) - 1, total, used) - share + 1
-        cut = (begin < end) & (in_row > 0) & (row_begin >= begin)
-        tl.store(cuts_ptr + share * 2, row)
-        tl.store(cuts_ptr + share * 2 + 1, tl.where(cut, parts, 0))
+        row_begin = share.end - in_row
+        parts = share_of(row_begin + count_tiles(context) - 1, share.total, share.used) - share_id + 1
+        cut = (share.begin < share.end) & (in_row > 0) & (row_begin >= share.begin)
+        gl.store(cuts_ptr + share_id * 2, row)
+        gl.store(cuts_ptr + share_id * 2 + 1, gl.where(cut, parts, 0))
 
 
-@triton.jit
-def _join_kernel(
-    out_ptr: tl.tensor,
-    parts_ptr: tl.tensor,
-    lse_ptr: tl.tensor,
-    cuts_ptr: tl.tensor,
-    HEAD_DIM: tl.constexpr,
-    PARTS: tl.constexpr,
-    PDL: tl.constexpr,
-) -> None:
-    """Grid (H, S). One head of the row that begins in share s and goes on: its parts weighted by their log-sum-exp."""
-    head, share, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    wait_for_predecessor(PDL)
-    row, num_parts = tl.load(cuts_ptr + share * 2), tl.load(cuts_ptr + share * 2 + 1)
-    dims = tl.arange(0, HEAD_DIM)
-    top = float("-inf")
-    total = 0.0
-    acc = tl.zeros([HEAD_DIM], tl.float32)
-    for first in range(0, num_parts, PARTS):
-        part = first + tl.arange(0, PARTS)
-        part_rows = ((share + part) * 2 + (part == 0).to(tl.int32)) * num_heads + head
-        lse = tl.load(lse_ptr + part_rows, mask=part < num_parts, other=float("-inf"))
-        values = tl.load(parts_ptr + part_rows[:, None] * HEAD_DIM + dims, mask=(part < num_parts)[:, None], other=0.0)
-        new_top = tl.maximum(top, tl.max(lse, 0))
-        alpha = tl.exp2(top - new_top)
-        weights = tl.exp2(lse - new_top)
-        total = total * alpha + tl.sum(weights, 0)
-        acc = acc * alpha + tl.sum(values * weights[:, None], 0)
-        top = new_top
-    if num_parts > 0:
-        out_ptrs = out_ptr + (row.to(tl.int64) * num_heads + head) * HEAD_DIM + dims
-        tl.store(out_ptrs, (acc / total).to(out_ptr.dtype.element_ty))
+@gluon.jit(
+    do_not_specialize=["num_rows", "table_row_blocks", "min_tiles"],
+    do_not_specialize_on_alignment=["tables_ptr", "context_lens_ptr"],
+)
+def _ring_kernel(
+    out_ptr: gl.tensor, parts_ptr: gl.tensor, lse_ptr: gl.tensor, cuts_ptr: gl.tensor,
+    q_desc: tma.tensor_descriptor, k_desc: tma.tensor_descriptor, v_desc: tma.tensor_descriptor,
+    tables_ptr: gl.tensor, context_lens_ptr: gl.tensor,
+    num_rows: gl.tensor, table_row_blocks: gl.tensor, scale_log2: gl.tensor, min_tiles: gl.tensor,
+    K: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
+    PDL: gl.constexpr,
+) -> None:  # fmt: skip
+    """Grid (K, S). One KV head's tiles of one share: rows that lie in it to `out`, parts of others to `Parts`."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    share = find_share(context_lens_ptr, num_rows, gl.program_id(1), gl.num_programs(1), min_tiles)
+    q_ring = _make_ring(q_desc, Q_STAGES, HEADS)
+    k_ring = _make_ring(k_desc, STAGES, TILE)
+    v_ring = _make_ring(v_desc, STAGES, TILE)
+    p_tile = gl.allocate_shared_memory(k_desc.dtype, [HEADS, TILE], gl.NVMMASharedLayout(128, 16, rank=2))
+    exchange = gl.allocate_shared_memory(gl.float32, [4, HEADS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    gl.warp_specialize(
+        [
+            (_compute, (
+                out_ptr, parts_ptr, lse_ptr, cuts_ptr, context_lens_ptr, scale_log2, num_rows - 1, share,
+                q_ring, k_ring, v_ring, p_tile, exchange, K, GROUP, HEADS, STAGES,
+            )),
+            (_load, (
+                q_desc, k_desc, v_desc, tables_ptr, context_lens_ptr, table_row_blocks, num_rows - 1, share,
+                q_ring, k_ring, v_ring, GROUP, PAGE, STAGES,
+            )),
+        ],
+        [1],
+        [LOADER_REGISTERS],
+    )  # fmt: skip
 
 
-def pages_fit_decode_boxes(k_pages: Tensor, tiles: ShareTiles | None = None) -> bool:
-    """Whether `paged_decode_tma` takes such pages [blocks, page_tokens, K, D]: 16-bit, D = 128, a tile of tokens or
-    more, and a page's tokens and heads side by side."""
+def pages_fit_ring(k_pages: Tensor) -> bool:
+    """Whether `paged_decode_ring` takes such pages [blocks, page_tokens, K, D]: 16-bit, D = 128, 64 tokens or more,
+    and a page's tokens and heads side by side."""
     _, page_tokens, num_kv_heads, head_dim = k_pages.shape
     if k_pages.stride()[1:] != (num_kv_heads * head_dim, head_dim, 1):
         return False
-    tile_tokens = (tiles or choose_share_tiles(page_tokens)).tile_tokens
-    return k_pages.dtype.itemsize == 2 and head_dim == HEAD_DIM and page_tokens >= tile_tokens
+    return k_pages.dtype.itemsize == 2 and head_dim == DIM.value and page_tokens >= TILE.value
 
 
-def paged_decode_tma(
+def _head_descriptor(x: Tensor, box_rows: int) -> TensorDescriptor:
+    """Of x [N, R, C], C side by side, in boxes [1, box_rows, 64] that lie as the tensor cores read them."""
+    strides = [x.stride(0) if x.shape[0] > 1 else x.shape[1] * x.shape[2], x.stride(1), 1]
+    layout = gl.NVMMASharedLayout(128, 16, rank=3)
+    return TensorDescriptor(x, list(x.shape), strides, [1, box_rows, HALF.value], layout)
+
+
+def paged_decode_ring(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
@@ -251,58 +337,49 @@ def paged_decode_tma(
     *,
     row_order: Tensor | None = None,
     num_sms: int | None = None,
-    tiles: ShareTiles | None = None,
+    ring: RingShape | None = None,
     pdl: bool | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`paged_decode` on Hopper, arguments and result as there, for pages that `pages_fit_decode_boxes`. Two kernels.
+    """`paged_decode` on Hopper, arguments and result as there, for pages that `pages_fit_ring`. Queues two kernels.
 
     max_context_tokens and row_order are not needed: the work is shared by the lengths on the card, equally anyhow.
-    tiles: None for the fixed choice. pdl: programmatic dependent launch (None: on Hopper). The tensor maps go with the
+    ring: None for the fixed choice. pdl: programmatic dependent launch (None: on Hopper). The tensor maps go with the
     launch, so that a captured graph keeps them.
     """
     (num_rows, num_heads, head_dim), (page_tokens, num_kv_heads) = q.shape, k_pages.shape[1:3]
     check_pages(q, k_pages, v_pages)
     check_tables(block_tables, context_lens)
-    tiles = tiles or choose_share_tiles(page_tokens)
-    assert k_pages.stride()[1:3] == (num_kv_heads * head_dim, head_dim), f"strides {k_pages.stride()}"
-    assert page_tokens >= tiles.tile_tokens, f"{page_tokens} tokens a page, {tiles.tile_tokens} a tile"
-    num_programs = (num_sms or count_sms(q.device)) * tiles.programs_per_sm
-    num_shares = max(1, num_programs // num_kv_heads)
-    out = output_like(q, out)
-    group = num_heads // num_kv_heads
-    parts = torch.empty(num_shares * 2, num_heads, head_dim, dtype=torch.float32, device=q.device)
-    lse = torch.empty(parts.shape[:-1], dtype=torch.float32, device=q.device)
-    cuts = torch.empty(num_shares, 2, dtype=torch.int32, device=q.device)
+    row_heads(q)  # for what it asserts
+    assert pages_fit_ring(k_pages), f"pages {tuple(k_pages.shape)} of {k_pages.dtype}, strides {k_pages.stride()}"
+    ring = ring or RingShape()
+    num_shares = max(1, (num_sms or count_sms(q.device)) * ring.programs_per_sm // num_kv_heads)
+    out, parts = output_like(q, out), make_parts(num_shares, q)
     early = has_pdl(q.device) if pdl is None else pdl
+    group = num_heads // num_kv_heads
+    columns = max(MIN_PRODUCT_HEADS, triton.next_power_of_2(group))
     with torch.cuda.device_of(q):
-        _share_kernel[(num_kv_heads, num_shares)](
+        _ring_kernel[(num_kv_heads, num_shares)](
             out,
-            parts,
-            lse,
-            cuts,
-            q,
-            page_descriptor(k_pages, tiles.tile_tokens),
-            page_descriptor(v_pages, tiles.tile_tokens),
+            *parts,
+            _head_descriptor(q, columns),
+            _head_descriptor(k_pages.flatten(2), TILE.value),
+            _head_descriptor(v_pages.flatten(2), TILE.value),
             block_tables,
             context_lens,
             num_rows,
-            row_heads(q),
             block_tables.stride(0),
             score_scale_log2(head_dim),
-            max(1, MIN_SPLIT_TOKENS // tiles.tile_tokens),
+            max(1, MIN_SPLIT_TOKENS // TILE.value),
             K=num_kv_heads,
             GROUP=group,
-            HEADS=max(MIN_DOT_HEADS, triton.next_power_of_2(group)),
-            HEAD_DIM=head_dim,
+            HEADS=columns,
             PAGE=page_tokens,
-            TILE=tiles.tile_tokens,
-            STAGES=tiles.num_stages,
+            STAGES=ring.num_stages,
             PDL=early,
-            num_warps=tiles.num_warps,
+            num_warps=4,
+            maxnreg=ring.max_registers,
             launch_pdl=early,
         )
-        _join_kernel[(num_heads, num_shares)](
-            out, parts, lse, cuts, HEAD_DIM=head_dim, PARTS=COMBINED_PARTS, PDL=early, num_warps=4, launch_pdl=early
-        )
+        join_parts(out, parts, pdl=early)
     return out

@@ -386,10 +386,12 @@ def note(self, *args, **kwargs):
     return call(self, *args, **kwargs)
 
 InterpretedFunction.__call__ = note
-kernels = {module: sorted(sanitize_kernels.kernels_of(module)) for module in sys.argv[1:]}
+assert sanitize_kernels.GLUON <= set(sanitize_kernels.CASES), "they have cases too, for a card"
+modules = [module for module in sys.argv[1:] if module not in sanitize_kernels.GLUON]
+kernels = {module: sorted(sanitize_kernels.kernels_of(module)) for module in modules}
 sys.argv[1:] = ["--device", "cpu"]
 sanitize_kernels.main()
-print(json.dumps({"kernels": kernels, "called": sorted(called)}))
+print(json.dumps({"kernels": kernels, "called": sorted(called), "gluon": sorted(sanitize_kernels.GLUON)}))
 """
 
 
@@ -412,7 +414,7 @@ def test_every_kernel_is_run_under_the_checker() -> None:
     assert sorted(report["cases"]) == sorted(kernels), (
         "a module of kernels is not in CASES of tools/sanitize_kernels.py"
     )
-    uncovered = set(modules) - set(kernels) - set(seen["called"])
+    uncovered = set(modules) - set(kernels) - set(seen["called"]) - set(seen["gluon"])
     assert not uncovered, (
         f"device functions that no kernel called, or kernels that are not called …_kernel: {uncovered}"
     )

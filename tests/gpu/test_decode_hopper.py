@@ -1,4 +1,4 @@
-"""Decode by equal shares on a Hopper card, against float64 on fresh random inputs; pages past a context hold NaN."""
+"""Decode through a ring of tiles on a Hopper card, against float64 on random inputs; past a context pages hold NaN."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
     pytest.skip("needs a Hopper card", allow_module_level=True)
 
 from nanovllm.kernels.paged_decode import paged_decode, paged_decode_reference  # noqa: E402
-from nanovllm.kernels.paged_decode_hopper import paged_decode_tma  # noqa: E402
+from nanovllm.kernels.paged_decode_hopper import paged_decode_ring  # noqa: E402
 from nanovllm.kernels.paged_prefill import store_kv  # noqa: E402
 from tests.cpu.test_attention_kernels import Case, Pool, check_close  # noqa: E402
 
@@ -23,7 +23,7 @@ GIB = 1 << 30
 SHAPES = [  # each costs seconds of compiling
     (torch.bfloat16, 4, 8, 64),
     (torch.bfloat16, 5, 8, 128),
-    (torch.bfloat16, 2, 8, 32),
+    (torch.bfloat16, 2, 8, 64),
     (torch.bfloat16, 8, 1, 256),
     (torch.float16, 4, 8, 64),
     (torch.float16, 16, 2, 64),
@@ -47,7 +47,7 @@ def uneven_contexts(rows: int) -> tuple[int, ...]:
 def check_decode(pool: Pool, num_sms: int, **options: bool) -> None:
     arguments = pool.q, pool.k_pages, pool.v_pages, pool.tables, pool.contexts
     out = torch.full(pool.q.shape, float("nan"), dtype=pool.case.dtype, device="cuda")
-    paged_decode_tma(*arguments, max(pool.case.contexts), num_sms=num_sms, out=out, **options)
+    paged_decode_ring(*arguments, max(pool.case.contexts), num_sms=num_sms, out=out, **options)
     check_close(out, paged_decode_reference(*arguments), BOUNDS[pool.case.dtype])
 
 
@@ -74,7 +74,7 @@ def test_a_row_of_nan_spoils_no_other() -> None:
     arguments = pool.q, pool.k_pages, pool.v_pages, pool.tables, pool.contexts
     exact = paged_decode_reference(*arguments)
     for num_sms in SMS:
-        out = paged_decode_tma(*arguments, 700, num_sms=num_sms)
+        out = paged_decode_ring(*arguments, 700, num_sms=num_sms)
         check_close(out[::2], exact[::2], 8e-3)
         assert bool(out[1].isnan().all())
 
@@ -87,7 +87,7 @@ def test_a_graph_is_right_at_every_length(rows: int, num_sms: int) -> None:
     arguments = q, pool.k_pages, pool.v_pages, tables, contexts
 
     def step() -> Tensor:
-        return paged_decode_tma(*arguments, 1600, num_sms=num_sms)
+        return paged_decode_ring(*arguments, 1600, num_sms=num_sms)
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -106,7 +106,7 @@ def test_many_launches_in_a_row_give_the_same() -> None:
     """Each starts while the one before still runs, and all use the same memory for what they cut."""
     pool = Pool(Case(uneven_contexts(40), 4, 8, 128, 64, torch.bfloat16), "cuda")
     arguments = pool.q, pool.k_pages, pool.v_pages, pool.tables, pool.contexts
-    outs = [paged_decode_tma(*arguments, 2001, num_sms=60) for _ in range(200)]
+    outs = [paged_decode_ring(*arguments, 2001, num_sms=60) for _ in range(200)]
     assert all(torch.equal(out, outs[0]) for out in outs[1:])
     check_close(paged_decode(*arguments, 2001), outs[0].double(), 1e-2)
 
@@ -130,5 +130,5 @@ def test_block_ids_at_the_top_of_a_100_gb_pool() -> None:
         row = torch.arange(3, device="cuda").repeat_interleave(context_lens)
         store_kv(k, v, k_pages, v_pages, tables[row, token // 64].long() * 64 + token % 64)
         q = torch.randn(3, 32, 128, device="cuda").bfloat16()
-        out = paged_decode_tma(q, k_pages, v_pages, tables, context_lens, 1024)
+        out = paged_decode_ring(q, k_pages, v_pages, tables, context_lens, 1024)
         check_close(out, paged_decode_reference(q, k_pages, v_pages, tables, context_lens), 8e-3)

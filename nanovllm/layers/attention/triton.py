@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nanovllm.kernels.paged_decode import paged_decode
-from nanovllm.kernels.paged_decode_hopper import paged_decode_tma, pages_fit_decode_boxes
+from nanovllm.kernels.paged_decode_hopper import paged_decode_ring, pages_fit_ring
 from nanovllm.kernels.paged_prefill import is_hopper, paged_prefill, store_kv
 from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, PrefillMetadata
 from nanovllm.layers.elementwise import TritonElementwise
@@ -50,7 +50,7 @@ class TritonAttention(AttentionBackend):
     def decode(
         self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata, out: Tensor | None = None
     ) -> Tensor:
-        decode = paged_decode_tma if self._shares_tiles(q_BHD, k_pages) else paged_decode
+        decode = paged_decode_ring if self._takes_ring(q_BHD, k_pages) else paged_decode
         return decode(
             q_BHD,
             k_pages,
@@ -63,6 +63,6 @@ class TritonAttention(AttentionBackend):
             out=out,
         )
 
-    def _shares_tiles(self, q_BHD: Tensor, k_pages: Tensor) -> bool:
-        """On a partition of a Hopper card, equal shares of tiles read faster; on a whole one, a program a row does."""
-        return self.num_sms is not None and is_hopper(q_BHD.device) and pages_fit_decode_boxes(k_pages)
+    def _takes_ring(self, q_BHD: Tensor, k_pages: Tensor) -> bool:
+        """On a partition of a Hopper card it reads faster; on a whole one, a program a row does."""
+        return self.num_sms is not None and is_hopper(q_BHD.device) and pages_fit_ring(k_pages)
