@@ -173,8 +173,9 @@ class LLM:
 
     def stats(self) -> dict[str, Any]:
         """Queue lengths and blocks by card now; since the start: tokens, steps, device seconds and busy share by card,
-        copies (blocks, bytes, seconds), evacuations, recomputes, write-backs, pauses, cached tokens."""
-        return self._engine.stats()
+        copies (blocks, bytes, seconds), evacuations, recomputes, write-backs, pauses, prompt tokens and cached ones; of
+        answers: how many ended for which reason, and their latencies; of the decode pipeline: its statistics."""
+        return _stats(self._engine, self.decode_runner)
 
     def trace(self, path: str | os.PathLike[str]) -> AbstractContextManager[None]:
         """`with llm.trace("run.json"):` records every step and copy that completes inside, for ui.perfetto.dev.
@@ -344,6 +345,10 @@ class _Rates:
         pairs = zip(self._now(), self._before, strict=True)
         rates = [((now[0] - old[0]) / seconds, (now[1] - old[1]) / seconds) for now, old in pairs]
         return ", ".join(f"card {i}: prefill {p:.0f} decode {d:.0f} tok/s" for i, (p, d) in enumerate(rates))
+
+
+def _stats(engine: LLMEngine, decode_runner: ModelRunner) -> dict[str, Any]:
+    return engine.stats() | {"pipeline": decode_runner.get_pipeline_statistics()}
 
 
 def _start_engine(config: Config, runners: list[ModelRunner]) -> LLMEngine:

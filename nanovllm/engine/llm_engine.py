@@ -208,7 +208,9 @@ class LLMEngine:
             self.metrics.exposed_copy_ms.add(self.scheduler.exposed_copies_s.pop())
         if (trace := self.trace) is not None:
             trace.add_job(job, rows)
-        may_have_ended = append_sampled(rows, result, time.perf_counter())
+        now_s = time.perf_counter()
+        self.metrics.requests.add_tokens(rows, now_s)
+        may_have_ended = append_sampled(rows, result, now_s)
         for sequence in may_have_ended:
             self._settle(sequence)
         ended = [sequence.request for sequence in may_have_ended if sequence.request.finished]
@@ -223,9 +225,12 @@ class LLMEngine:
             sequence.num_settled_outputs = sequence.num_output_tokens
 
     def _finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
-        if sequence.watcher is not None and not sequence.finished:
+        if sequence.finished:
+            return
+        if sequence.watcher is not None:
             sequence.watcher.flush()
         self.scheduler.finish(sequence, reason, stop_reason)
+        self.metrics.requests.add_end(sequence, reason)
 
     def _advanced(self, requests: Iterable[Request], ended: Iterable[Request]) -> None:
         """Tell their queues. A request's end is in its queue at the moment it stops being unfinished."""
@@ -245,6 +250,8 @@ class LLMEngine:
             raise RuntimeError(f"the plan is stuck: {self.scheduler.describe()}")
 
     def _die(self, error: BaseException) -> None:
+        if not isinstance(error, EngineDeadError):  # that is what closing raises
+            self.metrics.errors["engine"] += 1
         with self._lock:
             self._error = error
             queues = set(self._queues.values())

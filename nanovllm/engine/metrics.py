@@ -1,15 +1,22 @@
-"""Counters of the engine: what each card did and for how long, and what the copies moved."""
+"""Counters of the engine: what each card did and for how long, what the copies moved, how long callers waited."""
 
 from __future__ import annotations
 
 import math
 import time
 from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence as Rows
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nanovllm.engine.executor import Job
+from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillShard
+
+FINISH_REASONS = ("stop", "length", "abort", "error")
+ENDED_BY_THEMSELVES = ("stop", "length")
+ERROR_KINDS = ("engine",)  # "engine": its loop failed, and every caller that waited was told
 
 
 class Histogram:
@@ -22,13 +29,15 @@ class Histogram:
 
     def __init__(self) -> None:
         self._counts = [0] * len(self.UPPER_MS)
+        self._sum_ms = 0.0
 
-    def add(self, seconds: float) -> None:
-        self._counts[bisect_left(self.UPPER_MS, seconds * 1e3)] += 1
+    def add(self, seconds: float, count: int = 1) -> None:
+        self._counts[bisect_left(self.UPPER_MS, seconds * 1e3)] += count
+        self._sum_ms += seconds * 1e3 * count
 
-    def as_dict(self) -> dict[str, list[float]]:
-        """`upper`: milliseconds, inclusive; `counts`: of each bound alone, since the start."""
-        return {"upper": list(self.UPPER_MS), "counts": list(self._counts)}
+    def as_dict(self) -> dict[str, Any]:
+        """`upper`: milliseconds, inclusive; `counts`: of each bound alone, since the start; `sum`: milliseconds."""
+        return {"upper": list(self.UPPER_MS), "counts": list(self._counts), "sum": self._sum_ms}
 
 
 @dataclass(slots=True)
@@ -94,6 +103,61 @@ class CopyMetrics:
 
 
 @dataclass(slots=True)
+class AnswerMetrics:
+    """How long answers took. A request of n answers counts n times, as in vLLM.
+
+    queue_ms: from arrival to admission; ttft_ms: from arrival to the first token; prefill_ms: from admission to the
+    first token; decode_ms: from there to the last one; e2e_ms: from arrival to the last one; inter_token_ms: between
+    two tokens. Of answers that ended by themselves, but for ttft_ms and inter_token_ms, which count as tokens come.
+    `finished`: by reason.
+    """
+
+    queue_ms: Histogram = field(default_factory=Histogram)
+    ttft_ms: Histogram = field(default_factory=Histogram)
+    inter_token_ms: Histogram = field(default_factory=Histogram)
+    prefill_ms: Histogram = field(default_factory=Histogram)
+    decode_ms: Histogram = field(default_factory=Histogram)
+    e2e_ms: Histogram = field(default_factory=Histogram)
+    finished: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FINISH_REASONS, 0))
+
+    def add_tokens(self, rows: Rows[Sequence], now_s: float) -> None:
+        """Each row is about to get a token. Those of one step got their last one at one time: counted together."""
+        if not rows:
+            return
+        times_s = [sequence.last_token_s for sequence in rows]
+        first_s = times_s[0]  # nearly always everybody's: the same object
+        together = times_s.count(first_s)
+        others = [last_s for last_s in times_s if last_s is not first_s] if together < len(times_s) else []
+        for last_s, count in ((first_s, together), *Counter(others).items()):
+            if last_s is None:
+                self._add_first_tokens(rows, now_s)
+            else:
+                self.inter_token_ms.add(now_s - last_s, count)
+
+    def _add_first_tokens(self, rows: Rows[Sequence], now_s: float) -> None:
+        for sequence in rows:
+            if sequence.last_token_s is None:
+                self.ttft_ms.add(now_s - sequence.request.timeline.arrived)
+
+    def add_end(self, sequence: Sequence, reason: str) -> None:
+        """It has just ended."""
+        self.finished[reason] += 1
+        if reason not in ENDED_BY_THEMSELVES:
+            return
+        timeline, times_s = sequence.request.timeline, sequence.token_times
+        assert timeline.admitted is not None, "it sampled, and was never admitted"
+        self.queue_ms.add(timeline.admitted - timeline.arrived)
+        self.prefill_ms.add(times_s[0] - timeline.admitted)
+        self.decode_ms.add(times_s[-1] - times_s[0])
+        self.e2e_ms.add(times_s[-1] - timeline.arrived)
+
+    def as_dict(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in self.__slots__}
+        histograms = {name: value.as_dict() for name, value in values.items() if isinstance(value, Histogram)}
+        return histograms | {"finished": dict(self.finished)}
+
+
+@dataclass(slots=True)
 class EngineMetrics:
     """Written by the engine thread, read by anyone."""
 
@@ -102,6 +166,8 @@ class EngineMetrics:
     cards: list[CardMetrics] = field(init=False)
     all_copies: CopyMetrics = field(default_factory=CopyMetrics)
     copies_by_route: dict[tuple[int, int], CopyMetrics] = field(default_factory=dict)
+    requests: AnswerMetrics = field(default_factory=AnswerMetrics)
+    errors: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ERROR_KINDS, 0))
     # Of prompts that changed cards, once each: from the last chunk to the last block, by the engine thread's clock.
     exposed_copy_ms: Histogram = field(default_factory=Histogram)
     sampled_tokens: int = 0
@@ -144,5 +210,5 @@ class EngineMetrics:
         routes = {f"{src}to{dst}": asdict(copies) for (src, dst), copies in list(self.copies_by_route.items())}
         names = ("sampled_tokens", "loop_seconds", "launch_seconds")
         counters = {name: getattr(self, name) for name in names} | asdict(self.all_copies)
-        histograms = {"exposed_copy_ms": self.exposed_copy_ms.as_dict()}
-        return counters | histograms | {"copies_by_route": routes} | per_card
+        counters |= {"exposed_copy_ms": self.exposed_copy_ms.as_dict(), "requests": self.requests.as_dict()}
+        return counters | {"copies_by_route": routes, "errors": dict(self.errors)} | per_card

@@ -34,6 +34,7 @@ from nanovllm.engine.shards import (
     StepResult,
 )
 from nanovllm.engine.step_sizes import tokens_within
+from nanovllm.engine.stopwatch import Stopwatch
 
 PREFILL_STEPS_IN_FLIGHT = 2  # one computes, one waits in the card's queue: the host never starves the card
 PREFILL_TOKENS = 8192  # of a step of card 0 with elastic roles: what it has launched, card 1 cannot take any more
@@ -79,6 +80,7 @@ class Scheduler:
         # Since they were last taken: from a prompt's end on card 0 to its last block on the decode card.
         self.exposed_copies_s: list[float] = []
         self.paused = False
+        self.back_pressure = Stopwatch()  # runs while prompts wait for it
         self.counts: Counter[str] = Counter()
 
     @property
@@ -109,6 +111,7 @@ class Scheduler:
             if step is not None:
                 shards.append(step)
             shards += self.handoff.drain_outbox()
+        self.back_pressure.set(self.paused and bool(self.waiting))
         return shards
 
     def _plan_step(self, card: int) -> Shard | None:
@@ -220,6 +223,7 @@ class Scheduler:
         if request.timeline.admitted is None:
             request.timeline.mark("admitted")
             request.num_cached_tokens = group.num_launched_tokens
+            self.counts["prompt_tokens"] += group.num_tokens
             self.counts["cached_tokens"] += group.num_launched_tokens
         for sequence in group.sequences:
             sequence.card = group.decode_card
@@ -575,9 +579,10 @@ class Scheduler:
             }
             for card, manager in self.managers.items()
         }
-        names = ("cached_tokens", "evacuations", "recomputes", "write_backs", "write_backs_skipped", "pauses")
-        counts = {name: self.counts[name] for name in (*names, "helped", "hand_offs", "taken_over")}
-        return queues | blocks | counts | {"prefill_paused": self.paused}
+        names = ("prompt_tokens", "cached_tokens", "evacuations", "recomputes", "write_backs", "write_backs_skipped")
+        counts = {name: self.counts[name] for name in (*names, "pauses", "helped", "hand_offs", "taken_over")}
+        now = {"copies_in_flight": len(self.handoff.pending), "prefill_paused": self.paused}
+        return queues | blocks | counts | now | {"back_pressure_seconds": self.back_pressure.seconds}
 
     def describe(self) -> str:
         """One line for an error message."""

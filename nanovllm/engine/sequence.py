@@ -67,6 +67,7 @@ class Sequence:
         self.block_hashes: list[BlockHash] = []  # of the leading full blocks, as far as they were asked for
         self.num_settled_outputs = 0  # output tokens that no stop rule takes back: what readers may see
         self.token_times: list[float] = []
+        self.last_token_s: float | None = None  # the last of them, where it is quickest to read
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
@@ -133,6 +134,7 @@ def append_sampled(rows: Iterable[Sequence], result: StepResult, now_s: float) -
         tokens = sequence.tokens
         tokens.append(token)
         sequence.token_times.append(now_s)
+        sequence.last_token_s = now_s
         num_tokens = len(tokens)
         if num_tokens >= sequence.max_length or token in sequence.end_ids or sequence.watcher is not None:
             may_have_ended.append(sequence)
