@@ -13,7 +13,8 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -23,7 +24,7 @@ from nanovllm.config import Config
 from nanovllm.engine.cards import STARTUP_PARTS, build_runners, resolve_devices, timed
 from nanovllm.engine.detokenizer import IncrementalDetokenizer, StopWatcher
 from nanovllm.engine.executor import InlineExecutor, ThreadedExecutor
-from nanovllm.engine.llm_engine import LLMEngine, OutputQueue
+from nanovllm.engine.llm_engine import EngineDeadError, LLMEngine, OutputQueue
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Request
@@ -33,6 +34,9 @@ from nanovllm.models.model_config import load_model_config
 from nanovllm.outputs import RequestOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.tokenizer import Message, Tokenizer
+
+if TYPE_CHECKING:
+    from nanovllm.engine.prometheus import MetricsServer
 
 logger = logging.getLogger("nanovllm")
 
@@ -81,6 +85,8 @@ class LLM:
         self._engine = _start_engine(config, runners)
         # Also runs at interpreter exit. The engine's threads hold no reference to this object.
         self._finalizer = weakref.finalize(self, self._engine.close)
+        self._metrics_server: MetricsServer | None = None
+        self._metrics_lock = threading.Lock()
         startup["total_s"] = IMPORT_S + time.perf_counter() - started
         parts = ", ".join(f"{part.removesuffix('_s')} {startup[part]:.2f}" for part in STARTUP_PARTS)
         logger.info("ready in %.2f s: %s", startup["total_s"], parts)
@@ -177,6 +183,24 @@ class LLM:
         answers: how many ended for which reason, and their latencies; of the decode pipeline: its statistics."""
         return _stats(self._engine, self.decode_runner)
 
+    def start_metrics_server(self, port: int = 0, host: str = "127.0.0.1") -> MetricsServer:
+        """Serve `stats()` to Prometheus over HTTP, from this machine only unless `host` says otherwise; until `close`.
+
+        port: 0: a free one; `.port` and `.url` of what is returned say which. `RuntimeError` without prometheus-client,
+        `ValueError` for an address that cannot be had, or if this engine's page is served already.
+        """
+        server_class = _metrics_server_class()
+        if not self._finalizer.alive:
+            raise EngineDeadError("the engine has stopped: closed")
+        with self._metrics_lock:
+            if self._metrics_server is not None and self._metrics_server.running:
+                raise ValueError(f"port={port}: {self._metrics_server.url} is served already; close that server first")
+            server = server_class(partial(_stats, self._engine, self.decode_runner), port, host)  # keeps no LLM alive
+            self._metrics_server = server
+        weakref.finalize(self, server.close)
+        logger.info("metrics: %s", server.url)
+        return server
+
     def trace(self, path: str | os.PathLike[str]) -> AbstractContextManager[None]:
         """`with llm.trace("run.json"):` records every step and copy that completes inside, for ui.perfetto.dev.
 
@@ -188,6 +212,8 @@ class LLM:
 
     def close(self) -> None:
         """Stop the engine. Callers that still wait get `EngineDeadError`. Safe to call twice."""
+        if self._metrics_server is not None:
+            self._metrics_server.close()
         self._finalizer()
         self.decode_runner.close_pipeline()
 
@@ -345,6 +371,15 @@ class _Rates:
         pairs = zip(self._now(), self._before, strict=True)
         rates = [((now[0] - old[0]) / seconds, (now[1] - old[1]) / seconds) for now, old in pairs]
         return ", ".join(f"card {i}: prefill {p:.0f} decode {d:.0f} tok/s" for i, (p, d) in enumerate(rates))
+
+
+def _metrics_server_class() -> type[MetricsServer]:
+    try:
+        from nanovllm.engine.prometheus import MetricsServer  # here: it is an optional extra
+    except ImportError as error:
+        message = f"metrics need prometheus-client ({error}): pip install 'nanovllm[metrics]'"
+        raise RuntimeError(message) from error
+    return MetricsServer
 
 
 def _stats(engine: LLMEngine, decode_runner: ModelRunner) -> dict[str, Any]:

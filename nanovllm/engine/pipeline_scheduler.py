@@ -29,6 +29,7 @@ logger = logging.getLogger("nanovllm.engine.pipeline")
 FAILED = "Failed to initialize Green Context: %s; decode goes on over one stream"
 NEWEST_WEIGHT = 0.2  # of a value in a moving average
 TIMED_EVERY_STEPS = 64
+GREEN_DISABLED = "disable_green=True"  # a cause that was asked for
 
 
 class StepWays(Protocol):
@@ -245,11 +246,13 @@ class DecodePipelineScheduler:
     def get_pipeline_statistics(self) -> dict[str, Any]:
         """Since the start. Times in milliseconds: `avg_attention_time_ms` and `avg_ffn_time_ms` are of all stages of a
         step, moving averages over `timed_steps` steps, `avg_total_time_ms` of the model's part of a step. SMs are the
-        current split's, granted; 0 where there is none. `exploration_steps` measured other ways than the chosen one."""
+        current split's, granted; 0 where there is none. `exploration_steps` measured other ways than the chosen one.
+        `fallbacks`: 1 where steps run over one stream, and that was not asked for."""
         green = self.green_manager.stats() if self.green_manager is not None else {}
         return {
             "mode_running": self.mode_running,
             "fallback_cause": self.cause,
+            "fallbacks": int(self.cause not in (None, GREEN_DISABLED)),
             "total_tokens": self.total_tokens,
             "avg_attention_time_ms": self.avg_latency_attention * 1e3,
             "avg_ffn_time_ms": self.avg_latency_ffn * 1e3,

@@ -11,7 +11,14 @@ from green_ctx import GreenContextError
 from nanovllm.engine.green_manager import GreenManager
 from nanovllm.engine.pipeline_graphs import PipelineGraphs
 from nanovllm.engine.pipeline_runs import DecodeCard, EagerWays, GraphWays, PipelineOptions, can_win
-from nanovllm.engine.pipeline_scheduler import FAILED, CudaClock, DecodePipelineScheduler, HostClock, StepWays
+from nanovllm.engine.pipeline_scheduler import (
+    FAILED,
+    GREEN_DISABLED,
+    CudaClock,
+    DecodePipelineScheduler,
+    HostClock,
+    StepWays,
+)
 from nanovllm.engine.pipeline_ways import (
     EAGER_TOOLS,
     PARTITION_TOOLS,
@@ -38,7 +45,7 @@ def start_pipeline(
     """
     if options.disable_green:
         logger.info("decode pipeline: disable_green=True, decode runs over one stream")
-        return _scheduler(card, options, None, _prepare(card, [], options), "disable_green=True")
+        return _scheduler(card, options, None, _prepare(card, [], options), GREEN_DISABLED)
     manager: GreenManager | None = None
     try:
         manager = make_manager(
