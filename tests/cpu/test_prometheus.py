@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import re
 import socket
 import sys
 import threading
@@ -59,6 +61,8 @@ NAMES = {
     *(f"{name}_{part}" for name in (*LATENCIES, "exposed_copy_seconds") for part in ("bucket", "count", "sum")),
 }
 TWO = {"enable_two_gpu_pd": True}
+UNSEEN = {"num_requests_waiting", "prompt_tokens_total", "card_steps_total", "copy_gigabytes_per_second"}  # in others
+DASHBOARD = json.loads((Path(__file__).parents[2] / "docs/grafana.json").read_text())
 
 
 class Page(dict[tuple[str, ...], float]):
@@ -252,3 +256,37 @@ def test_without_prometheus_client_the_extra_is_named(tmp_path: Path, monkeypatc
         with pytest.raises(RuntimeError, match=r"pip install 'nanovllm\[metrics\]'") as caught:
             llm.start_metrics_server()
         assert isinstance(caught.value.__cause__, ImportError) and llm.stats()["sampled_tokens"] == 0
+
+
+def test_the_dashboard_asks_for_what_there_is(idle_stats: dict[str, Any]) -> None:
+    registry = CollectorRegistry()
+    registry.register(MetricsPage(lambda: idle_stats))
+    families = text_string_to_metric_families(generate_latest(registry).decode())
+    labels = {sample.name: set(sample.labels) | {"instance"} for family in families for sample in family.samples}
+    variables = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
+    queries = [(target["expr"], target["legendFormat"]) for panel in DASHBOARD["panels"] for target in panel["targets"]]
+    queries += [(variable["query"], "") for variable in DASHBOARD["templating"]["list"] if variable["type"] == "query"]
+    asked: set[str] = set()
+    for expression, legend in queries:
+        names = re.findall(r"nanovllm:\w+", expression)
+        assert names and set(names) <= set(labels), f"{expression} asks for what is not there"
+        asked |= {name.removeprefix("nanovllm:") for name in names}
+        known = set.intersection(*(labels[name] for name in names))
+        used = re.findall(r"by \((\w+)\)|\{(\w+)=~|\{\{(\w+)\}\}", expression + legend)
+        assert {label for groups in used for label in groups if label} <= known, expression
+        assert expression.count("(") == expression.count(")") and expression.count("{") == expression.count("}")
+        assert set(re.findall(r"\$(\w+)", expression)) <= {*variables, "__rate_interval"}
+    unseen = {name for name in NAMES - asked if not name.endswith(("_bucket", "_sum", "_count"))}
+    assert unseen == UNSEEN
+
+
+def test_the_dashboard_has_room_for_its_panels() -> None:
+    panels = DASHBOARD["panels"]
+    cells = [
+        (x, y)
+        for box in (panel["gridPos"] for panel in panels)
+        for x in range(box["x"], box["x"] + box["w"])
+        for y in range(box["y"], box["y"] + box["h"])
+    ]
+    assert len({panel["id"] for panel in panels}) == len(panels) and len(set(cells)) == len(cells)
+    assert max(x for x, _ in cells) < 24  # columns
