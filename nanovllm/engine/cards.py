@@ -16,6 +16,7 @@ from nanovllm.engine.kv_cache import KVCache, measure_rate
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.pipeline_runs import PipelineOptions
 from nanovllm.engine.shards import CopyShard
+from nanovllm.engine.start_line import start_line
 from nanovllm.layers.attention import make_attention_backend
 from nanovllm.models.loader import load_model
 from nanovllm.models.model_config import ModelConfig
@@ -96,10 +97,12 @@ def build_runners(
         models = [first, *(first.copy_to(device) for device in devices[1:])]
     with timed(seconds, "kv_pool_s"):
         runners = [make_runner(config, model, max_model_len, card) for card, model in enumerate(models)]
+    rates: dict[tuple[int, int], float] = {}
     if devices[0].type == "cuda":
-        prepare(runners, config, seconds)
+        rates = prepare(runners, config, seconds)
     elif config.pipelines_decode:
         runners[-1].start_pipeline(pipeline_options(config))  # fails, or says that it cannot
+    logger.info(start_line(config, runners, rates))
     return runners
 
 
@@ -108,20 +111,20 @@ def make_runner(config: Config, model: Qwen3ForCausalLM, max_model_len: int, car
     num_blocks = count_blocks(config, model.config, max_model_len, model, model.device, card)
     cache = KVCache(num_blocks, config.kvcache_block_size, model.config, model.dtype, model.device)
     device_id = (config.prefill_device_id, config.decode_device_id)[card]
-    size = f"{num_blocks} blocks of {cache.block_size} tokens"
-    logger.info("card %d: %s, %s, %s", card, model.device, model.dtype, size)
     return ModelRunner(device_id, model, cache, config.max_num_seqs, max_model_len)
 
 
-def prepare(runners: list[ModelRunner], config: Config, seconds: dict[str, float]) -> None:
-    """Compile and capture on every card before a worker thread of this engine exists; another engine may be busy."""
+def prepare(runners: list[ModelRunner], config: Config, seconds: dict[str, float]) -> dict[tuple[int, int], float]:
+    """Compile and capture on every card before a worker thread of this engine exists; another engine may be busy.
+
+    Returns what `measure_links` does.
+    """
     with timed(seconds, "compile_s"):
         for runner in runners:
             runner.warm_up()
             warm_copies(runner, runners)
-        measure_links(runners)
+        rates = measure_links(runners)
     attention = runners[-1].model.attention.name
-    logger.info("attention: %s", attention)
     if not config.enforce_eager and attention != "torch":  # the torch backend's shapes follow the lengths
         with timed(seconds, "capture_s"):
             for card, runner in enumerate(runners):
@@ -132,6 +135,7 @@ def prepare(runners: list[ModelRunner], config: Config, seconds: dict[str, float
     with timed(seconds, "reserve_s"):
         for runner in runners:
             runner.reserve(config.max_num_batched_tokens)
+    return rates
 
 
 def pipeline_options(config: Config) -> PipelineOptions:
@@ -177,11 +181,12 @@ def warm_copies(runner: ModelRunner, runners: list[ModelRunner]) -> None:
         runner.run_copy(CopyShard(0, 0, 0, pairs, 0), other, None).wait()
 
 
-def measure_links(runners: list[ModelRunner]) -> None:
-    """Log how KV blocks get from card to card, and how fast: once, on idle cards, while no block holds anything."""
-    for (i, source), (j, target) in permutations(enumerate(runners), 2):
-        rate = measure_rate(source.kv_cache, target.kv_cache, source.copy_stream)
-        logger.info("card %d → card %d: %s, %.0f GB/s", i, j, source.kv_cache.copy_way(target.kv_cache), rate)
+def measure_links(runners: list[ModelRunner]) -> dict[tuple[int, int], float]:
+    """GB/s of KV blocks by (from, to): measured once, on idle cards, while no block holds anything."""
+    return {
+        (i, j): measure_rate(source.kv_cache, target.kv_cache, source.copy_stream)
+        for (i, source), (j, target) in permutations(enumerate(runners), 2)
+    }
 
 
 def count_blocks(

@@ -24,7 +24,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nanovllm import DEMO_MODEL, LLM, EngineDeadError, SamplingParams
 from nanovllm.engine.prometheus import MODES, MetricsPage
+from tests.cpu.test_green_ctx import FakeDriver
+from tests.cpu.test_pipeline_start import OPTIONS, driver
 from tests.cpu.tiny import make_llm, settle, write_config
+
+__all__ = ["driver"]  # a fixture
 
 LATENCIES = (
     "time_to_first_token_seconds",
@@ -156,6 +160,15 @@ def test_a_running_pipeline(idle_stats: dict[str, Any]) -> None:
     assert (page["sm_busy_fraction", "attention"], page["sm_busy_fraction", "ffn"]) == (0.7, 0.9)
     assert (page["stage_latency_seconds", "attention"], page["stage_latency_seconds", "ffn"]) == (0.0025, 0.005)
     assert page["pipeline_rebalances_total",] == 3 and page["pipeline_mode", "auto"] == 1
+
+
+def test_a_split_of_an_engine(driver: FakeDriver) -> None:
+    options: dict[str, Any] = OPTIONS | {"decode_pipeline": "static", "decode_attention_sm": 40}
+    with LLM(DEMO_MODEL, **options) as llm:
+        llm.generate([[5] * 30] * 4, SamplingParams(max_tokens=9, ignore_eos=True), use_tqdm=False)
+        page = scrape(llm.start_metrics_server().url)
+    assert page.names == NAMES and page["pipeline_mode", "static"] == 1 and page["fallbacks_total", "pipeline"] == 0
+    assert (page["sm_share", "attention"], page["sm_share", "ffn"]) == (40 / 132, 92 / 132)
 
 
 def test_buckets_are_cumulative_and_bound_what_they_count(idle_stats: dict[str, Any]) -> None:
