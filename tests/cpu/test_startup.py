@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,9 @@ def test_bench_startup_reports_a_failed_step_and_cleans_up(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_bench_startup_interrupted_cleans_up(number: signal.Signals, status: int, tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, str(SCRIPT), *SMALL, "--tmp-dir", str(tmp_path)])
+    # A shell that runs the tests in its background has them, and their children, ignore SIGINT.
+    heed = partial(signal.signal, number, signal.SIG_DFL)
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *SMALL, "--tmp-dir", str(tmp_path)], preexec_fn=heed)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("*/model-*.safetensors")):
         assert process.poll() is None and time.monotonic() < deadline

@@ -70,16 +70,16 @@ def assert_close(got: Tensor, exact: Tensor) -> None:
     assert largest <= MOST[got.dtype], f"an error of {largest:.2e} of the largest element, in {got.dtype}"
 
 
-def assert_rounds_alike(got: Tensor, reference: Tensor) -> None:
+def assert_rounds_alike(got: Tensor, reference: Tensor, sums: int = 1) -> None:
     """The same roundings in the same places: equal, but for what the sums' last bits tip over.
 
     Tensor cores cut what float32 rounds: of sums of 12,288 terms, 6.5 % came out one step of bfloat16 apart, and 19 %
-    one step of float16.
+    one step of float16. An element that is made of several sums tips over with any of them.
     """
     assert got.dtype == reference.dtype and got.shape == reference.shape
     if got.dtype != torch.float32:
         different = float((got != reference).float().mean())
-        limit = 0.1 if got.dtype == torch.bfloat16 else 0.3
+        limit = sums * (0.1 if got.dtype == torch.bfloat16 else 0.3)
         assert different <= limit, f"{different:.1%} of the elements differ in {got.dtype}"
 
 
@@ -124,7 +124,7 @@ def test_products_of_every_shape_and_batch(model: str, dtype: torch.dtype) -> No
             assert torch.equal(summed, second), "one addition, rounded once"
             products = normed.double() @ wide[2]
             assert_close(act, silu_mul_reference(products))
-            assert_rounds_alike(act, silu_mul_reference(products.to(dtype)))
+            assert_rounds_alike(act, silu_mul_reference(products.to(dtype)), sums=2)
             assert_close(down, act.double() @ wide[3])
 
 
