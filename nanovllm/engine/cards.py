@@ -203,7 +203,8 @@ def count_blocks(
         return given[card] if isinstance(given, tuple) else given
     dtype_bytes = model.dtype.itemsize
     block_bytes = model_config.kv_bytes_per_token(dtype_bytes) * config.kvcache_block_size
-    useful = config.max_num_seqs * -(-max_model_len // config.kvcache_block_size)
+    # Every sequence at its longest, and the reserve behind which the last of them is admitted.
+    useful = config.max_num_seqs * (-(-max_model_len // config.kvcache_block_size) + 1) + config.steps_ahead
     if device.type == "cpu":
         return max(2, min(CPU_POOL_BYTES // block_bytes, useful))
     budget_bytes = gpu_budget_bytes(config, model_config, dtype_bytes, device)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm import LLM
+from nanovllm import LLM, SamplingParams
 from nanovllm.config import BLOCK_SIZES, Config
 from nanovllm.engine.cards import count_blocks, resolve_devices
 from nanovllm.models.model_config import load_model_config
@@ -248,8 +248,14 @@ def test_one_card_prefills_and_decodes(tmp_path: Path) -> None:
 
 
 def test_pools_on_the_cpu_are_bounded(tmp_path: Path) -> None:
-    with make_llm(write_config(tmp_path), num_kvcache_blocks=None, max_num_seqs=4) as llm:
-        assert llm.prefill_runner.kv_cache.num_blocks == 4 * 256 // 16  # no more than all sequences can use
+    sizes = {"num_kvcache_blocks": None, "max_num_seqs": 4, "max_num_batched_tokens": 1024}
+    with make_llm(write_config(tmp_path), **sizes) as llm:
+        ahead = llm.config.steps_ahead
+        assert llm.prefill_runner.kv_cache.num_blocks == 4 * (256 // 16 + 1) + ahead  # no more than they can use
+        prompts = [[i + 1] * 250 for i in range(4)]
+        answers = llm.generate(prompts, SamplingParams(max_tokens=6, ignore_eos=True))
+        assert llm.stats()["card0"]["decode_steps"] == 5, "all at once, though each is as long as it may be"
+        assert all(len(answer.outputs[0].token_ids) == 6 for answer in answers)
     large = load_model_config(write_config(tmp_path, num_hidden_layers=28, num_key_value_heads=2, head_dim=128))
     model: Any = SimpleNamespace(dtype=torch.float32)
     num_blocks = count_blocks(Config("m"), large, 4096, model, torch.device("cpu"), 0)
