@@ -1,4 +1,4 @@
-"""Time the products of 9 to 128 rows against cuBLAS, each with the kernel that reads it, inside CUDA graphs.
+"""Time the products of 2 to 128 rows against cuBLAS, each with the kernel that reads it, inside CUDA graphs.
 
     python tools/bench_split.py            # needs one GPU, and nanovllm on PYTHONPATH
     python tools/bench_split.py --sweep    # other tiles too; prints lines for `TILES` of nanovllm/kernels/split_gemm.py

@@ -1,4 +1,4 @@
-"""Products of 9 to 128 rows with a weight matrix, where reading the weights is most of the time (Triton).
+"""Products of 2 to 128 rows with a weight matrix, where reading the weights is most of the time (Triton).
 
 The weight's rows are the first operand of the tensor cores, whose instruction takes 64 of them on compute capability
 9.0, and the few rows of x its second. A program owns a tile of weight rows and, where tiles are fewer than SMs, one of
@@ -26,7 +26,7 @@ from nanovllm.kernels.launch import LINE_BITS, fetch_to_l2, has_pdl
 from nanovllm.kernels.paged_decode import count_sms
 from nanovllm.kernels.silu_mul import silu_mul, silu_mul_reference, silu_times
 
-MIN_ROWS, MAX_ROWS = 9, 128  # fewer rows than 9 are `skinny_gemm`'s
+MIN_ROWS, MAX_ROWS = 2, 128  # one row is `skinny_gemm`'s
 AHEAD_STEPS = tl.constexpr(2)  # fetched before the wait; all of a piece took the memory from the kernel before
 ROW_LIMITS = (16, 32, 64, 96, 128)  # a choice of tiles holds up to so many rows
 

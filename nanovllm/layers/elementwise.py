@@ -128,7 +128,9 @@ class TritonElementwise(Elementwise):
         return self._silu_mul(gate_up)
 
     def linear(self, linear: Linear, x: Tensor) -> Tensor:
-        return self._skinny.skinny_linear(x, linear.weight) if self._is_skinny(x) else self._split_linear(linear, x)
+        if self._is_skinny(x) and not self._should_split(x, linear):
+            return self._skinny.skinny_linear(x, linear.weight)
+        return self._split_linear(linear, x)
 
     def _split_linear(self, linear: Linear, x: Tensor) -> Tensor:
         return self._split.split_linear(x, linear.weight) if self._should_split(x, linear) else linear(x)
@@ -141,8 +143,8 @@ class TritonElementwise(Elementwise):
         return self.linear(linear, normed) if self._on_partition else self._split_linear(linear, normed)
 
     def _is_skinny(self, x: Tensor) -> bool:
-        """Of few rows, which are the last dimension but one, of partial sums too: those are never of so few."""
-        return x.shape[-2] <= self._skinny.MAX_ROWS and x.shape[-1] % 16 == 0
+        """Of few rows, and whole: partial sums have a dimension more."""
+        return x.ndim == 2 and len(x) <= self._skinny.MAX_ROWS and x.shape[-1] % 16 == 0
 
     def norm_linear(self, norm: RMSNorm, linear: Linear, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         if self._is_skinny(x) and self._skinny.should_fuse(len(x)):

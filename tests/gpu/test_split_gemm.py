@@ -1,4 +1,4 @@
-"""The products of 9 to 128 rows on a real GPU: every real shape, their readers, captured chains, no late compiles.
+"""The products of 2 to 128 rows on a real GPU: every real shape, their readers, captured chains, no late compiles.
 
 Weights are made, and the card is idle, before any product is queued: they are read ahead of the wait for the
 kernels queued before.
