@@ -15,13 +15,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from nanovllm.kernels.launch import has_pdl, wait_for_predecessor
+from nanovllm.kernels.launch import LINE_BITS, fetch_to_l2, has_pdl, wait_for_predecessor
 
 MIN_DOT_ROWS = 16  # tl.dot's smallest tile; smaller groups are padded, their KV loads hide the arithmetic
 PROGRAMS_PER_SM = 2  # resident at once: enough KV bytes in flight to fill the memory bus
 MIN_SPLIT_TOKENS = 128  # below this a split costs more in partial results than it gains
 MAX_SPLITS = 32
+AHEAD_TOKENS = tl.constexpr(32)  # of a split, fetched before the wait: with 64, the kernel before lacks the memory
 
 
 class DecodeTiles(NamedTuple):
@@ -73,6 +75,28 @@ def _split_range(
     return tl.minimum(split * tokens, context), tl.minimum((split + 1) * tokens, context)
 
 
+@triton.jit
+def _fetch_ahead(
+    k_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    table_ptr: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr,
+) -> None:
+    """Ask L2 for one head's keys and values of the first tokens of [begin, end). Those not yet written do no harm."""
+    LINE: tl.constexpr = LINE_BITS // k_ptr.dtype.element_ty.primitive_bitwidth
+    tokens = begin + tl.arange(0, AHEAD_TOKENS)
+    blocks = tl.load(table_ptr + tokens // PAGE, mask=tokens < end, other=0)
+    offsets = blocks.to(tl.int64) * BLOCK_STRIDE + tokens % PAGE * TOKEN_STRIDE
+    offsets = tl.where(tokens < end, offsets, 0)[:, None] + tl.arange(0, (HEAD_DIM + LINE - 1) // LINE) * LINE
+    fetch_to_l2(k_ptr + offsets)
+    fetch_to_l2(v_ptr + offsets)
+
+
 @triton.jit(
     do_not_specialize=["q_row_heads", "table_row_blocks", "min_tokens"],
     do_not_specialize_on_alignment=["tables_ptr", "context_lens_ptr", "row_order_ptr"],
@@ -103,20 +127,24 @@ def _decode_kernel(
 ) -> None:
     """Grid (K, B, splits). Writes split s of row b to out[s, b] and, if SPLIT, its base-2 log-sum-exp to lse[s, b]."""
     kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    wait_for_predecessor(PDL)
+    k_ptr += kv_head * HEAD_STRIDE
+    v_ptr += kv_head * HEAD_STRIDE
+    if PDL:
+        gdc_launch_dependents()
     if row_order_ptr is not None:
         row = tl.load(row_order_ptr + row)
     context = tl.load(context_lens_ptr + row)
     begin, end = _split_range(context, split, tl.num_programs(2), min_tokens, TILE)
     table_ptr = tables_ptr + row.to(tl.int64) * table_row_blocks
+    if PDL:
+        _fetch_ahead(k_ptr, v_ptr, table_ptr, begin, end, HEAD_DIM, PAGE, BLOCK_STRIDE, TOKEN_STRIDE)
+        gdc_wait()
     heads = tl.arange(0, ROWS)
     real = heads < GROUP
     heads += kv_head * GROUP
     dims = tl.arange(0, HEAD_DIM)
     q_ptrs = q_ptr + (row.to(tl.int64) * q_row_heads + heads[:, None]) * HEAD_DIM + dims
     q = tl.load(q_ptrs, mask=real[:, None], other=0.0)
-    k_ptr += kv_head * HEAD_STRIDE
-    v_ptr += kv_head * HEAD_STRIDE
 
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -199,7 +227,8 @@ def paged_decode(
     splits depends on it, so a captured graph is right at every length that its tables can hold.
     row_order: int32 [B], the order in which rows are begun, or None: as they are. It changes no result.
     num_sms: SMs this may run on (None: the whole card). num_splits, min_split_tokens, tiles: None or default for the
-    fixed choice. pdl: programmatic dependent launch (None: where the context is split). out: contiguous, q's shape
+    fixed choice. pdl: programmatic dependent launch (None: where the context is split): tables, lengths and order are
+    then read ahead of the wait, so the kernels queued just before must not be writing them. out: contiguous, q's shape
     and dtype, or None to allocate. Returns [B, H, D].
     """
     num_rows, num_heads, head_dim = q.shape
