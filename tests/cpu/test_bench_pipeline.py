@@ -18,7 +18,7 @@ from nanovllm.engine.green_manager import SmCounts, Split
 from nanovllm.engine.kv_cache import KVCache
 from nanovllm.engine.pipeline_step import BOUNDARIES, InOrder, StageBackends, Stages
 from nanovllm.models.loader import load_model
-from tools import bench_pipeline, plot_pipeline
+from tools import bench_auto, bench_pipeline, plot_pipeline
 
 
 class HostEvent:
@@ -101,6 +101,29 @@ def test_a_way_that_computes_something_else_is_named_and_left_out(
     for row in case["ways"]:
         assert ("error" in row) == row["way"].endswith("projections") and ("ms" in row) != ("error" in row)
     assert "logits differ by 2.000" in case["ways"][1]["error"]
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_auto_is_measured_beside_sequential(
+    pretend: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], able: bool
+) -> None:
+    way = bench_pipeline.make_ways(None)[1][0]  # type: ignore[arg-type]
+    names = ("DEVICE", "capture", "make_setup", "pipelined", "time_ms", "make_model")
+    for name in names:
+        monkeypatch.setattr(bench_auto, name, getattr(bench_pipeline, name))
+    monkeypatch.setattr(bench_auto, "make_auto_ways", lambda: (None, [way]))
+    monkeypatch.setattr(bench_auto, "roofline_can_win", lambda *a: able)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 40, 1 << 40))
+    arguments = ["--shapes", "0.6b", "--batches", "5", "--contexts", "70,1099511627776", "--repeats", "2"]
+    monkeypatch.setattr(sys, "argv", ["bench_auto.py", *arguments, "--replays", "1"])
+    bench_auto.main()
+    fits, too_long = json.loads(capsys.readouterr().out.splitlines()[-1])["cases"]
+    assert "its pages take" in too_long["error"]
+    assert fits["tried"] == (["44:88"] if able else []) and set(fits["medians_ms"]) == (
+        {"sequential", "44:88"} if able else set()
+    )
+    assert fits["chosen"] in ("sequential", *fits["tried"]) and fits["ratio"][1] <= fits["ratio"][0] <= fits["ratio"][2]
+    assert fits["explored_steps"] == (12 if able else 0)
 
 
 def test_the_picture_has_a_line_a_boundary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
