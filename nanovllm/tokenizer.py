@@ -8,6 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nanovllm.models.model_config import read_json, shown
+
+JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 Message = Mapping[str, Any]
 
@@ -70,5 +74,38 @@ def _load(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a broken file makes the library raise, the caller learns which folder
-        raise ValueError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # whatever a broken file makes the library raise: a panic in it is no Exception
+        raise ValueError(f"the tokenizer in {folder} cannot be loaded: {_fault(folder) or error}") from error
+
+
+def _fault(folder: Path) -> str | None:
+    """The file that is to blame, and why, where that can be told; the library does not say."""
+    from tokenizers import Tokenizer as FastTokenizer
+
+    for path in (folder / name for name in JSON_FILES if (folder / name).exists()):
+        try:
+            _check_object(path)
+            if path.name == "tokenizer.json":
+                FastTokenizer.from_file(str(path))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            return str(error) if str(path) in str(error) else f"{path}: {error}"
+    return None
+
+
+def _check_object(path: Path) -> None:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    if not isinstance(name := content.get("tokenizer_class"), (str, type(None))):
+        raise ValueError(f"{path}: tokenizer_class={shown(name)} must be a string")
+    for key in SPECIAL_TOKENS:
+        if not _is_token(content.get(key)):
+            raise ValueError(f"{path}: {key}={shown(content[key])} must be a string, or an object with content")
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value.get("content"), str) if isinstance(value, dict) else isinstance(value, (str, type(None)))

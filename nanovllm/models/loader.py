@@ -5,18 +5,19 @@ Safetensors only: nothing from a checkpoint is ever executed or unpickled.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanovllm.layers.attention import AttentionBackend
-from nanovllm.models.model_config import ModelConfig
+from nanovllm.models.model_config import ModelConfig, read_json, shortened, shown
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
 logger = logging.getLogger("nanovllm.models.loader")
@@ -27,6 +28,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_PATTERNS = ["*.json", "*.safetensors", "merges.txt", "*.jinja"]
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOAD_FORMATS = ("auto", "dummy")
+MISSING_FACTOR = 2  # tensors of up to half of a checkpoint may be missing, and are named one by one
 STAGING_BYTES = 64 << 20  # of each pinned buffer: long enough to hide what a copy costs, short to pin
 
 
@@ -77,6 +79,8 @@ def load_model(
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"load_format={load_format!r} must be one of {', '.join(LOAD_FORMATS)}")
     files = find_weight_files(Path(folder)) if load_format == "auto" else []
+    if files:
+        _check_sizes(config, files)
     model = Qwen3ForCausalLM(config, attention, dtype, device, max_position_tokens)
     if load_format == "dummy":
         _fill_randomly(model, seed)
@@ -104,17 +108,27 @@ def find_weight_files(folder: Path) -> list[Path]:
 
 
 def _shard_names(index: Path) -> list[str]:
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{index} is not valid JSON: {error}") from error
+    content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map")
     for name in weight_map.values():
         if not (isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name)):
-            raise ValueError(f"{index} names {name!r}: a shard must be a .safetensors file beside its index")
+            raise ValueError(f"{index} names {shown(name)}: a shard must be a .safetensors file beside its index")
     return sorted(set(weight_map.values()))
+
+
+def _check_sizes(config: ModelConfig, files: list[Path]) -> None:
+    """Before anything is built as large as config.json says: no file may ask for much more memory than it fills."""
+    for path in files:
+        with _opened(path):
+            pass
+    held_bytes = sum(path.stat().st_size for path in files)
+    needed_bytes = config.num_parameters() * min(dtype.itemsize for dtype in WEIGHT_DTYPES)
+    if needed_bytes > MISSING_FACTOR * held_bytes:
+        listed = _listed([str(path) for path in files])
+        sizes = f"config.json asks for {config.num_parameters()} weights, at least {needed_bytes} bytes"
+        raise ValueError(f"{listed}: {held_bytes} bytes in all; {sizes}")
 
 
 def _fill_from_files(model: Qwen3ForCausalLM, files: list[Path]) -> None:
@@ -135,13 +149,20 @@ def _fill_from_files(model: Qwen3ForCausalLM, files: list[Path]) -> None:
 
 def _read_tensors(path: Path, slots: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one file that the model wants, one at a time: views of the mapped file, read when copied."""
+    with _opened(path) as file:
+        names = [name for name in file.keys() if not _is_ignorable(name, slots)]  # noqa: SIM118 (not a dict)
+        if unexpected := sorted(set(names) - set(slots)):
+            raise ValueError(f"{path}: unexpected tensor(s): {_listed(unexpected)}")
+        for name in names:
+            yield name, file.get_tensor(name)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A file whose header is sound, or a `ValueError` that names it."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            names = [name for name in file.keys() if not _is_ignorable(name, slots)]  # noqa: SIM118 (not a dict)
-            if unexpected := sorted(set(names) - set(slots)):
-                raise ValueError(f"{path}: unexpected tensor(s): {_listed(unexpected)}")
-            for name in names:
-                yield name, file.get_tensor(name)
+            yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file (truncated?): {error}") from error
 
@@ -190,7 +211,7 @@ class StagedCopies:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return ", ".join(shortened(name) for name in names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _fill_randomly(model: Qwen3ForCausalLM, seed: int) -> None:

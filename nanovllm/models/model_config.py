@@ -6,6 +6,7 @@ here by name, so that no later stage has to ask.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any, NoReturn
 
 DTYPES = ("bfloat16", "float16", "float32")
 LARGEST_VOCABULARY = 1 << 18  # the sampler's integer masses of so many ids fit in 64 bits
+MOST_LAYERS = 1 << 10  # libraries underneath make lists that long, whatever config.json says
+SHOWN_CHARS = 200  # of a value in an error message
 LARGEST_NUMBER = 1 << 40  # beyond any real size or constant, and safe in 64-bit arithmetic
 ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 YARN_NUMBERS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
@@ -84,10 +87,12 @@ class ModelConfig:
             raise ValueError(
                 f"vocab_size={self.vocab_size} is above {LARGEST_VOCABULARY}, the most the sampler can draw from"
             )
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers={self.num_hidden_layers} is above {MOST_LAYERS}")
         if self.rope_theta <= 1:
             raise ValueError(f"rope_theta={self.rope_theta} must be above 1")
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} must be one of {', '.join(DTYPES)}")
+            raise ValueError(f"dtype={shown(self.dtype)} must be one of {', '.join(DTYPES)}")
         for token_id in self.eos_token_ids:
             if not 0 <= token_id < self.vocab_size:
                 raise ValueError(f"eos_token_id={token_id} is outside 0 … {self.vocab_size - 1}")
@@ -145,35 +150,43 @@ def load_model_config(folder: Path) -> ModelConfig:
     _refuse_unsupported(config)
     rope = _rope_object(config)
     try:
-        return ModelConfig(
+        model_config = ModelConfig(
             **{name: config.integer(name) for name in _SIZES},
             rms_norm_eps=config.number("rms_norm_eps"),
             rope_theta=_read_rope_theta(config, rope),
             tie_word_embeddings=config.boolean("tie_word_embeddings"),
             dtype=config.string("dtype" if config.has("dtype") else "torch_dtype").removeprefix("torch."),
             rope_scaling=_read_rope_scaling(config, rope),
-            eos_token_ids=_read_eos_token_ids(folder, config),
+            eos_token_ids=(),  # below: another file may say them
         )
     except ValueError as error:
         raise config.named(error) from error
+    return _with_eos_token_ids(model_config, folder, config)
 
 
 def _refuse_unsupported(config: _JsonObject) -> None:
     if (model_type := config.string("model_type")) != "qwen3":
-        config.fail(f"model_type={model_type!r} is not supported; this library runs 'qwen3' (dense)")
+        config.fail(f"model_type={shown(model_type)} is not supported; this library runs 'qwen3' (dense)")
     architectures = config.values.get("architectures")
     if architectures is not None and architectures != ["Qwen3ForCausalLM"]:
-        config.fail(f"architectures={architectures!r} is not supported; only Qwen3ForCausalLM is")
+        config.fail(f"architectures={shown(architectures)} is not supported; only Qwen3ForCausalLM is")
     if config.has("quantization_config"):
         config.fail("quantization_config is set: quantised checkpoints are not supported")
     if (act := config.string("hidden_act")) != "silu":
-        config.fail(f"hidden_act={act!r} is not supported; only 'silu' is")
+        config.fail(f"hidden_act={shown(act)} is not supported; only 'silu' is")
     for key in ("use_sliding_window", "attention_bias"):
         if config.has(key) and config.boolean(key):
             config.fail(f"{key}=true is not supported")
     layer_types = config.values.get("layer_types")
-    if layer_types is not None and layer_types != ["full_attention"] * config.integer("num_hidden_layers"):
-        config.fail(f"layer_types={layer_types!r} is not supported; only full_attention in every layer is")
+    if layer_types is not None and not _all_full(layer_types, config.integer("num_hidden_layers")):
+        config.fail(f"layer_types={shown(layer_types)} is not supported; only full_attention in every layer is")
+
+
+def _all_full(layer_types: Any, num_layers: int) -> bool:
+    """Without a list as long as config.json says there are layers."""
+    if not isinstance(layer_types, list) or len(layer_types) != num_layers:
+        return False
+    return all(layer_type == "full_attention" for layer_type in layer_types)
 
 
 def _rope_object(config: _JsonObject) -> _JsonObject:
@@ -183,7 +196,7 @@ def _rope_object(config: _JsonObject) -> _JsonObject:
     key = "rope_parameters" if config.has("rope_parameters") else "rope_scaling"
     values = config.values.get(key) or {}
     if not isinstance(values, dict):
-        config.fail(f"{key}={values!r} must be an object or null")
+        config.fail(f"{key}={shown(values)} must be an object or null")
     return _JsonObject(config.source, values, f"{key}.")
 
 
@@ -203,10 +216,10 @@ def _read_rope_scaling(config: _JsonObject, rope: _JsonObject) -> YarnScaling | 
     type_key = "type" if old_name else "rope_type"
     rope_type = rope.string(type_key) if rope.values else "default"
     if rope_type not in ("default", "yarn"):
-        rope.fail(f"{type_key}={rope_type!r} is not supported; 'default' and 'yarn' are")
+        rope.fail(f"{type_key}={shown(rope_type)} is not supported; 'default' and 'yarn' are")
     known = ROPE_KEYS + (YARN_KEYS if rope_type == "yarn" else ())
     if unknown := sorted(set(rope.values) - set(known)):
-        rope.fail(f"unknown key(s) {', '.join(unknown)} for rope type {rope_type!r}")
+        rope.fail(f"unknown key(s) {shown(unknown)} for rope type {rope_type!r}")
     return _read_yarn(rope) if rope_type == "yarn" else None
 
 
@@ -220,7 +233,7 @@ def _read_yarn(rope: _JsonObject) -> YarnScaling:
         raise rope.named(error) from error
 
 
-def _read_eos_token_ids(folder: Path, config: _JsonObject) -> tuple[int, ...]:
+def _with_eos_token_ids(model_config: ModelConfig, folder: Path, config: _JsonObject) -> ModelConfig:
     """generation_config.json decides where it names any; null in config.json means none."""
     path = folder / "generation_config.json"
     sources = [_JsonObject.read(path)] if path.is_file() else []
@@ -229,11 +242,38 @@ def _read_eos_token_ids(folder: Path, config: _JsonObject) -> tuple[int, ...]:
             value = source.values["eos_token_id"]
             ids = tuple(value) if isinstance(value, list) else (value,)
             if not all(type(token_id) is int for token_id in ids):
-                source.fail(f"eos_token_id={value!r} must be an integer or a list of integers")
-            return ids
+                source.fail(f"eos_token_id={shown(value)} must be an integer or a list of integers")
+            try:
+                return dataclasses.replace(model_config, eos_token_ids=ids)
+            except ValueError as error:
+                raise source.named(error) from error
     if "eos_token_id" not in config.values:
         config.fail("key eos_token_id is missing (here and in generation_config.json)")
-    return ()
+    return model_config
+
+
+def shown(value: Any) -> str:
+    """A file's value as an error message may quote it: however large it is, the message is not."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a deeply nested {type(value).__name__}"
+    return shortened(text)
+
+
+def shortened(text: str) -> str:
+    """The beginning of a long text, and how long it is."""
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}… ({len(text)} characters)"
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file. `ValueError`, naming it, for what is not valid JSON or not UTF-8."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply to be read") from error
 
 
 @dataclass(frozen=True)
@@ -248,10 +288,7 @@ class _JsonObject:
     def read(cls, path: Path) -> _JsonObject:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # broken JSON or broken UTF-8
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        values = read_json(path)
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold a JSON object, not {type(values).__name__}")
         return cls(path, values)
@@ -285,7 +322,7 @@ class _JsonObject:
             self.fail(f"key {key} is missing")
         value = self.values[key]
         if type(value) not in kinds:  # exact: a bool is an int to isinstance
-            self.fail(f"{key}={value!r} must be {wanted}")
-        if isinstance(value, (int, float)) and abs(value) > LARGEST_NUMBER:
-            self.fail(f"{key}={value!r} is out of range")
+            self.fail(f"{key}={shown(value)} must be {wanted}")
+        if isinstance(value, (int, float)) and not abs(value) <= LARGEST_NUMBER:  # nan, too
+            self.fail(f"{key}={shown(value)} is out of range")
         return value
