@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.shown import shown
 
 Prompt = str | Sequence[int]
 
@@ -55,7 +56,7 @@ def as_params(params: Any, num_prompts: int) -> list[SamplingParams]:
     if isinstance(params, SamplingParams):
         return [params] * num_prompts
     if not isinstance(params, (list, tuple)) or not all(isinstance(item, SamplingParams) for item in params):
-        raise ValueError(f"sampling_params must be a SamplingParams or a list of them, got {params!r}")
+        raise ValueError(f"sampling_params must be a SamplingParams or a list of them, got {shown(params)}")
     if len(params) != num_prompts:
         raise ValueError(f"{len(params)} sampling params for {num_prompts} prompts; give one, or one each")
     return list(params)
@@ -64,25 +65,26 @@ def as_params(params: Any, num_prompts: int) -> list[SamplingParams]:
 def check_token_ids(ids: Any, limits: Limits) -> list[int]:
     """A private list of plain ints in [0, vocabulary)."""
     if not _has_items(ids):
-        raise ValueError(f"a prompt must be a string or a list of token ids, got {ids!r}")
+        raise ValueError(f"a prompt must be a string or a list of token ids, got {shown(ids)}")
     checked = list(ids) if set(map(type, ids)) == {int} else [_token_id(token) for token in ids]
     if not checked:
         raise ValueError("the prompt is empty: it has 0 tokens, at least 1 is needed")
     for token in (min(checked), max(checked)):
         if not 0 <= token < limits.vocab_size:
             raise ValueError(
-                f"token id {token} is outside the vocabulary of {limits.vocab_size} ids (0 … {limits.vocab_size - 1})"
+                f"token id {shown(token)} is outside the vocabulary of {limits.vocab_size} ids "
+                f"(0 … {limits.vocab_size - 1})"
             )
     return checked
 
 
 def _token_id(token: Any) -> int:
     if isinstance(token, bool):
-        raise ValueError(f"token id {token!r} is not an integer")
+        raise ValueError(f"token id {shown(token)} is not an integer")
     try:
         return operator.index(token)
     except TypeError:
-        raise ValueError(f"token id {token!r} is not an integer") from None
+        raise ValueError(f"token id {shown(token)} is not an integer") from None
 
 
 def check_request(ids: list[int], params: SamplingParams, limits: Limits) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nanovllm.shown import shortened, shown
+
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 DEVICES = ("auto", "cuda", "cpu")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -15,6 +17,7 @@ PD_ROLES = ("elastic", "strict")
 ATTENTION_BACKENDS = ("auto", "flash_attn", "triton", "torch")
 DECODE_PIPELINES = ("auto", "static", "disabled")
 MOST_SMS = 1 << 10  # more than any card has; the card itself checks what fits
+MOST_MS = 10**9
 MAX_RUN_AHEAD = 4
 DEFAULT_RUN_AHEAD = 2
 
@@ -79,7 +82,7 @@ class Config:
         unknown = sorted(set(kwargs) - known)
         if unknown:
             raise ValueError(
-                f"unknown configuration keyword(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+                f"unknown configuration keyword(s) {shortened(', '.join(unknown))}; known: {', '.join(sorted(known))}"
             )
         return cls(model, **kwargs)
 
@@ -94,13 +97,13 @@ class Config:
 
     def _check_types(self) -> None:
         if not isinstance(self.model, str) or not self.model:
-            raise ValueError(f"model={self.model!r} must be a folder or a hub id")
+            raise ValueError(f"model={shown(self.model)} must be a folder or a hub id")
         switches = ("enable_decode_pipeline", "disable_green", "decode_pipeline_profiling", "pipeline_debug")
         for name in ("enable_two_gpu_pd", "enforce_eager", "enable_prefix_caching", "overlap", *switches):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+                raise ValueError(f"{name}={shown(getattr(self, name))} must be True or False")
         if self.revision is not None and not isinstance(self.revision, str):
-            raise ValueError(f"revision={self.revision!r} must be a string or None")
+            raise ValueError(f"revision={shown(self.revision)} must be a string or None")
 
     def _check_choices(self) -> None:
         _one_of("device", self.device, DEVICES)
@@ -120,10 +123,11 @@ class Config:
         _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
         utilization = self.gpu_memory_utilization
         if not isinstance(utilization, (int, float)) or isinstance(utilization, bool) or not 0 < utilization <= 1:
-            raise ValueError(f"gpu_memory_utilization={utilization!r} must be in (0, 1]")
+            raise ValueError(f"gpu_memory_utilization={shown(utilization)} must be in (0, 1]")
         slo_ms = self.itl_slo_ms
-        if slo_ms is not None and (isinstance(slo_ms, bool) or not isinstance(slo_ms, (int, float)) or not slo_ms > 0):
-            raise ValueError(f"itl_slo_ms={slo_ms!r} must be None or a number of milliseconds above 0")
+        is_number = isinstance(slo_ms, (int, float)) and not isinstance(slo_ms, bool)
+        if slo_ms is not None and not (is_number and 0 < slo_ms <= MOST_MS):
+            raise ValueError(f"itl_slo_ms={shown(slo_ms)} must be None or milliseconds above 0, at most {MOST_MS}")
         for count in self._block_counts():
             _integer("num_kvcache_blocks", count, 2, 1 << 31)
         for name in ("decode_backlog_high", "decode_backlog_low"):
@@ -143,7 +147,7 @@ class Config:
         _integer("decode_device_id", self.decode_device_id, 0, 1 << 10)
         if isinstance(self.num_kvcache_blocks, tuple) and not self.enable_two_gpu_pd:
             raise ValueError(
-                f"num_kvcache_blocks={self.num_kvcache_blocks!r} names two cards, but enable_two_gpu_pd=False"
+                f"num_kvcache_blocks={shown(self.num_kvcache_blocks)} names two cards, but enable_two_gpu_pd=False"
             )
 
     def _check_pipeline(self) -> None:
@@ -168,7 +172,7 @@ class Config:
             return ()
         if isinstance(blocks, tuple):
             if len(blocks) != 2:
-                raise ValueError(f"num_kvcache_blocks={blocks!r} must be one number or (card 0, card 1)")
+                raise ValueError(f"num_kvcache_blocks={shown(blocks)} must be one number or (card 0, card 1)")
             return blocks
         return (blocks,)
 
@@ -190,9 +194,9 @@ class Config:
 
 def _one_of(name: str, value: object, allowed: tuple[Any, ...]) -> None:
     if isinstance(value, bool) or not isinstance(value, type(allowed[0])) or value not in allowed:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, allowed))}")
+        raise ValueError(f"{name}={shown(value)} must be one of {', '.join(map(str, allowed))}")
 
 
 def _integer(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{name}={value!r} must be an integer from {low} to {high}")
+        raise ValueError(f"{name}={shown(value)} must be an integer from {low} to {high}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import os
 import secrets
 import sys
@@ -33,6 +32,7 @@ from nanovllm.models.loader import resolve_model
 from nanovllm.models.model_config import load_model_config
 from nanovllm.outputs import RequestOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.shown import shown
 from nanovllm.tokenizer import Message, Tokenizer
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nanovllm")
 
 SWITCH_INTERVAL_S = 0.0005
+LONGEST_PAST_S = 10**9  # of an arrival
 IMPORT_S = time.perf_counter() - IMPORT_STARTED_S  # torch, nearly all of it, unless the program had it already
 
 
@@ -122,10 +123,10 @@ class LLM:
         for conversation in conversations:
             if not _is_conversation(conversation):
                 raise ValueError(
-                    f"a conversation must be a list of messages with role and content, got {conversation!r}"
+                    f"a conversation must be a list of messages with role and content, got {shown(conversation)}"
                 )
         if not isinstance(chat_template_kwargs, (Mapping, type(None))):
-            raise ValueError(f"chat_template_kwargs must be a mapping, got {chat_template_kwargs!r}")
+            raise ValueError(f"chat_template_kwargs must be a mapping, got {shown(chat_template_kwargs)}")
         texts = [self.tokenizer.apply_chat_template(c, chat_template_kwargs or {}) for c in conversations]  # type: ignore[arg-type]
         return self.generate(texts, sampling_params, use_tqdm)
 
@@ -170,7 +171,7 @@ class LLM:
     def abort(self, request_id: str) -> None:
         """End a request soon, from any thread; unknown and finished ids are left alone."""
         if not isinstance(request_id, str):
-            raise ValueError(f"request_id must be a string, as add_request returns it, got {request_id!r}")
+            raise ValueError(f"request_id must be a string, as add_request returns it, got {shown(request_id)}")
         self._engine.abort(request_id)
 
     def has_unfinished(self) -> bool:
@@ -244,7 +245,7 @@ class LLM:
         text = prompt if isinstance(prompt, str) else None
         ids = check_token_ids(prompt if text is None else self.tokenizer.encode(text), self._limits)
         if params.stop and not self.tokenizer.available:
-            raise ValueError(f"stop={params.stop!r} needs a tokenizer, and this checkpoint has none")
+            raise ValueError(f"stop={shown(params.stop)} needs a tokenizer, and this checkpoint has none")
         return text, ids, params, check_request(ids, params, self._limits)
 
     def _make_request(self, text: str | None, ids: list[int], params: SamplingParams, max_tokens: int) -> Request:
@@ -314,8 +315,12 @@ def _check_arrival(arrived_s: Any) -> None:
     if arrived_s is None:
         return
     number = isinstance(arrived_s, (int, float)) and not isinstance(arrived_s, bool)
-    if not number or not -math.inf < arrived_s <= time.perf_counter():
-        raise ValueError(f"arrived_s={arrived_s!r} must be seconds of time.perf_counter(), not beyond its now")
+    now_s = time.perf_counter()
+    if not number or not now_s - LONGEST_PAST_S <= arrived_s <= now_s:  # what is no float, too, ends here
+        raise ValueError(
+            f"arrived_s={shown(arrived_s)} must be seconds of time.perf_counter(), not beyond its now, {now_s:.3f}, "
+            f"nor more than {LONGEST_PAST_S} before it"
+        )
 
 
 def _is_conversation(value: Any) -> bool:

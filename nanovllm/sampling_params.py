@@ -6,11 +6,12 @@ the engine can fail because of a sampling parameter. This module does not import
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
+
+from nanovllm.shown import shown
 
 SamplerKind = Literal["plain", "filtered", "penalised"]
 SAMPLER_KINDS: tuple[SamplerKind, ...] = ("plain", "filtered", "penalised")  # each also serves the rows of those before
@@ -176,9 +177,9 @@ def _is_a(kind: type, value: Any) -> bool:
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
     if not _is_a(Integral, value):
-        raise ValueError(f"{name} must be an integer, got {reprlib.repr(value)}")
+        raise ValueError(f"{name} must be an integer, got {shown(value)}")
     if not low <= value <= high:
-        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+        raise ValueError(f"{name} must be in [{low}, {high}], got {shown(value)}")
     return int(value)
 
 
@@ -188,23 +189,23 @@ def _optional_integer(name: str, value: Any, low: int, high: int) -> int | None:
 
 def _number(name: str, value: Any, low: float, high: float, *, low_is_allowed: bool = True) -> float:
     if not _is_a(Real, value):
-        raise ValueError(f"{name} must be a number, got {reprlib.repr(value)}")
+        raise ValueError(f"{name} must be a number, got {shown(value)}")
     # A NaN fails every comparison, and both limits are finite: neither NaN nor an infinity gets through.
     if not low <= value <= high or (value == low and not low_is_allowed):
         bracket = "[" if low_is_allowed else "("
-        raise ValueError(f"{name} must be in {bracket}{low}, {high}], got {value}")
+        raise ValueError(f"{name} must be in {bracket}{low}, {high}], got {shown(value)}")
     return float(value)
 
 
 def _check_bool(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {reprlib.repr(value)}")
+        raise ValueError(f"{name} must be True or False, got {shown(value)}")
 
 
 def _items(name: str, value: Any, max_items: int) -> tuple[Any, ...]:
     """A private copy: what the caller later does to its own list changes nothing here."""
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise ValueError(f"{name} must be a list or a tuple, got {reprlib.repr(value)}")
+        raise ValueError(f"{name} must be a list or a tuple, got {shown(value)}")
     if len(value) > max_items:
         raise ValueError(f"{name} must have at most {max_items} entries, got {len(value)}")
     return tuple(value)
@@ -216,11 +217,10 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     strings = (stop,) if isinstance(stop, str) else _items("stop", stop, MAX_STOP_STRINGS)
     for string in strings:
         if not isinstance(string, str):
-            raise ValueError(f"stop must hold strings, got {reprlib.repr(string)}")
+            raise ValueError(f"stop must hold strings, got {shown(string)}")
         if not 1 <= len(string) <= MAX_STOP_STRING_CHARS:
             raise ValueError(
-                f"stop strings must have 1 to {MAX_STOP_STRING_CHARS} characters, "
-                f"got {len(string)}: {reprlib.repr(string)}"
+                f"stop strings must have 1 to {MAX_STOP_STRING_CHARS} characters, got {len(string)}: {shown(string)}"
             )
     return strings
 

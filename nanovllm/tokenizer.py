@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nanovllm.models.model_config import read_json, shown
+from nanovllm.models.model_config import read_json
+from nanovllm.shown import shown
 
 JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -59,7 +60,9 @@ class Tokenizer:
             try:
                 return tokenizer.apply_chat_template(list(messages), **options)
             except Exception as error:  # a template can fail in any way: it is the checkpoint's program
-                raise ValueError(f"the chat template failed on {messages!r} with {dict(kwargs)!r}: {error}") from error
+                raise ValueError(
+                    f"the chat template failed on {shown(messages)} with {shown(dict(kwargs))}: {error}"
+                ) from error
 
     def _require(self, what: str) -> Any:
         if self._tokenizer is None:

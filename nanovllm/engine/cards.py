@@ -21,6 +21,7 @@ from nanovllm.layers.attention import make_attention_backend
 from nanovllm.models.loader import load_model
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.shown import shortened
 
 logger = logging.getLogger("nanovllm")
 
@@ -109,9 +110,22 @@ def build_runners(
 def make_runner(config: Config, model: Qwen3ForCausalLM, max_model_len: int, card: int) -> ModelRunner:
     """Card `card` with its KV pool and slots, where its model is."""
     num_blocks = count_blocks(config, model.config, max_model_len, model, model.device, card)
-    cache = KVCache(num_blocks, config.kvcache_block_size, model.config, model.dtype, model.device)
+    cache = make_pool(config, model, num_blocks, card)
     device_id = (config.prefill_device_id, config.decode_device_id)[card]
     return ModelRunner(device_id, model, cache, config.max_num_seqs, max_model_len)
+
+
+def make_pool(config: Config, model: Qwen3ForCausalLM, num_blocks: int, card: int) -> KVCache:
+    """The KV pages of card `card`. `ValueError` if its memory cannot hold as many blocks as the caller wants."""
+    try:
+        return KVCache(num_blocks, config.kvcache_block_size, model.config, model.dtype, model.device)
+    except RuntimeError as error:
+        no_memory = isinstance(error, torch.OutOfMemoryError) or model.device.type == "cpu"  # there it has no name
+        if config.num_kvcache_blocks is None or not no_memory:
+            raise
+        block_bytes = model.config.kv_bytes_per_token(model.dtype.itemsize) * config.kvcache_block_size
+        asked = f"num_kvcache_blocks={config.num_kvcache_blocks}: {num_blocks} blocks of {block_bytes} bytes"
+        raise ValueError(f"{asked} do not fit on card {card} ({model.device}): {shortened(str(error))}") from error
 
 
 def prepare(runners: list[ModelRunner], config: Config, seconds: dict[str, float]) -> dict[tuple[int, int], float]:

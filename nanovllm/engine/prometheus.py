@@ -16,6 +16,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from nanovllm.shown import shortened, shown
+
 Stats = Mapping[str, Any]
 Values = Mapping[Any, float]  # by the label's value, or a tuple of them
 
@@ -58,15 +60,17 @@ class MetricsServer:
 
     def __init__(self, read_stats: Callable[[], Stats], port: int, host: str) -> None:
         if type(port) is not int or not 0 <= port < 1 << 16:
-            raise ValueError(f"port={port!r} must be an integer from 0 (any free one) to {(1 << 16) - 1}")
+            raise ValueError(f"port={shown(port)} must be an integer from 0 (any free one) to {(1 << 16) - 1}")
         if not isinstance(host, str) or not host:
-            raise ValueError(f"host={host!r} must be an address to listen on, as '127.0.0.1'")
+            raise ValueError(f"host={shown(host)} must be an address to listen on, as '127.0.0.1'")
         registry = CollectorRegistry()
         registry.register(MetricsPage(read_stats))
         try:
             self._server, self._thread = start_http_server(port, host, registry)
-        except OSError as error:
-            raise ValueError(f"no metrics server at host={host!r}, port={port}: {error}") from error
+        except (OSError, ValueError) as error:  # ValueError: a null character in it
+            raise ValueError(
+                f"no metrics server at host={shown(host)}, port={port}: {shortened(str(error))}"
+            ) from error
         self.host, self.port = host, self._server.server_port
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/metrics"
 

@@ -19,6 +19,7 @@ import torch
 
 from nanovllm.engine.request_states import State
 from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillShard, Shard
+from nanovllm.shown import shortened, shown
 
 if TYPE_CHECKING:
     from nanovllm.engine.executor import Job
@@ -219,14 +220,14 @@ def record_trace(engine: LLMEngine, path: str | os.PathLike[str], devices: Seque
     this engine is on.
     """
     if not isinstance(path, (str, os.PathLike)):  # open() would take an integer for an open file's number
-        raise ValueError(f"path must be a string or a PathLike, got {path!r}")
+        raise ValueError(f"path must be a string or a PathLike, got {shown(path)}")
     if not engine.tracing.acquire(blocking=False):
-        raise ValueError(f"a trace is being recorded already, one at a time: cannot begin {os.fspath(path)!r}")
+        raise ValueError(f"a trace is being recorded already, one at a time: cannot begin {shown(os.fspath(path))}")
     try:
         try:
             file = open(path, "w")
-        except OSError as error:
-            raise ValueError(f"cannot write a trace to {os.fspath(path)!r}: {error}") from None
+        except (OSError, ValueError) as error:  # ValueError: a null character in it
+            raise ValueError(f"cannot write a trace to {shown(os.fspath(path))}: {shortened(str(error))}") from None
         with file:
             clocks = [DeviceClock(device) if device.type == "cuda" else None for device in devices]
             engine.trace = recorder = TraceRecorder(clocks)

@@ -6,6 +6,7 @@ Safetensors only: nothing from a checkpoint is ever executed or unpickled.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanovllm.layers.attention import AttentionBackend
-from nanovllm.models.model_config import ModelConfig, read_json, shortened, shown
+from nanovllm.models.model_config import ModelConfig, read_json
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.shown import shortened, shown
 
 logger = logging.getLogger("nanovllm.models.loader")
 
@@ -41,12 +43,12 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     """
     if not model:
         raise ValueError("model='' must be a folder or a hub id")
-    if Path(model).is_dir():
+    if os.path.isdir(model):  # False, too, for names that no file can have: Path.is_dir raises there
         if revision is not None:
-            raise ValueError(f"revision={revision!r} has no meaning for the local folder {model}")
+            raise ValueError(f"revision={shown(revision)} has no meaning for the local folder {model}")
         return Path(model)
     if not HUB_ID.fullmatch(model):
-        raise FileNotFoundError(f"model {model!r} is not a folder here, and cannot be a hub id")
+        raise FileNotFoundError(f"model {shown(model)} is not a folder here, and cannot be a hub id")
     return _download(model, revision)
 
 
@@ -77,7 +79,7 @@ def load_model(
     missing, unexpected or of another shape; each names the file or the tensor.
     """
     if load_format not in LOAD_FORMATS:
-        raise ValueError(f"load_format={load_format!r} must be one of {', '.join(LOAD_FORMATS)}")
+        raise ValueError(f"load_format={shown(load_format)} must be one of {', '.join(LOAD_FORMATS)}")
     files = find_weight_files(Path(folder)) if load_format == "auto" else []
     if files:
         _check_sizes(config, files)

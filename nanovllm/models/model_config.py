@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from nanovllm.shown import shown
+
 DTYPES = ("bfloat16", "float16", "float32")
 LARGEST_VOCABULARY = 1 << 18  # the sampler's integer masses of so many ids fit in 64 bits
 MOST_LAYERS = 1 << 10  # libraries underneath make lists that long, whatever config.json says
-SHOWN_CHARS = 200  # of a value in an error message
 LARGEST_NUMBER = 1 << 40  # beyond any real size or constant, and safe in 64-bit arithmetic
 ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 YARN_NUMBERS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
@@ -250,20 +251,6 @@ def _with_eos_token_ids(model_config: ModelConfig, folder: Path, config: _JsonOb
     if "eos_token_id" not in config.values:
         config.fail("key eos_token_id is missing (here and in generation_config.json)")
     return model_config
-
-
-def shown(value: Any) -> str:
-    """A file's value as an error message may quote it: however large it is, the message is not."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        return f"a deeply nested {type(value).__name__}"
-    return shortened(text)
-
-
-def shortened(text: str) -> str:
-    """The beginning of a long text, and how long it is."""
-    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}… ({len(text)} characters)"
 
 
 def read_json(path: Path) -> Any:
