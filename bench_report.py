@@ -79,10 +79,11 @@ def card_figures(before: Stats, after: Stats, card: int, seconds: float, runner:
 
 
 def steps_of(before: Stats, after: Stats, seconds: float) -> Stats:
-    """A card's steps between its two statistics, by kind. `busy_share`: of `seconds`, in which it ran one."""
+    """A card's steps between its two statistics, by kind. `busy_share`: of `seconds`, in which it ran one, lent ones
+    aside, which run beside the others."""
     kinds = [name for name in after if name.endswith(("_steps", "_tokens", "_seconds"))]
     done = {name: after[name] - before[name] for name in kinds}
-    done["busy_share"] = sum(done[name] for name in kinds if name.endswith("_seconds")) / seconds
+    done["busy_share"] = sum(done[f"{kind}_seconds"] for kind in ("prefill", "decode", "mixed")) / seconds
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in done.items()}
 
 
@@ -178,12 +179,15 @@ def card_text(card: Stats) -> str:
             for kind in ("prefill", "decode")]  # fmt: skip
     if card["mixed_steps"]:
         work.append(mixed_text(card))
+    if card["lent_steps"]:
+        work.append(lent_text(card))
     return f"{card['busy_share']:.1%} busy; {'; '.join(work)}; {card['kv_blocks']:,} blocks; {card['device']}"
 
 
 def alone_tokens(card: Stats, kind: str) -> int:
     """Tokens of the steps of one kind only."""
-    return int(card[f"{kind}_tokens"] - card[f"mixed_{kind}_tokens"])
+    lent_tokens = card["lent_tokens"] if kind == "prefill" else 0
+    return int(card[f"{kind}_tokens"] - card[f"mixed_{kind}_tokens"] - lent_tokens)
 
 
 def rate_text(card: Stats, kind: str) -> str:
@@ -195,6 +199,12 @@ def rate_text(card: Stats, kind: str) -> str:
 def mixed_text(card: Stats) -> str:
     steps, prefill, decode = (card[f"mixed_{name}"] for name in ("steps", "prefill_tokens", "decode_tokens"))
     return f"both {prefill:,} + {decode:,} tokens in {steps:,} steps of {card['mixed_seconds'] / steps * 1e3:.2f} ms"
+
+
+def lent_text(card: Stats) -> str:
+    mean_ms = {name: card[f"{name}_seconds"] / max(1, card[f"{name}_steps"]) * 1e3 for name in ("lent", "beside_lent")}
+    lent = f"lent {card['lent_tokens']:,} tokens in {card['lent_steps']:,} steps of {mean_ms['lent']:.2f} ms"
+    return f"{lent} beside {card['beside_lent_steps']:,} decode steps of {mean_ms['beside_lent']:.2f} ms"
 
 
 def copy_text(copies: Stats) -> str:

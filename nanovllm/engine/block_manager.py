@@ -2,8 +2,8 @@
 
 A block is owned by sequences and by copies (counted references), and by every launched step that may still
 touch it (a fence: blocks that a sequence lets go while steps are in flight are released only when those steps
-have completed; steps of one card complete in launch order). It is free when all three have let go. A free block
-may keep its contents and its hash (`keep_cached`) until it is taken for something else.
+have completed, and all before them: most complete in launch order). It is free when all three have let go. A free
+block may keep its contents and its hash (`keep_cached`) until it is taken for something else.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ class BlockManager:
         self._retired: deque[tuple[int, list[int]]] = deque()
         self.num_retired_blocks = 0
         self.launched_steps = 0
-        self.completed_steps = 0
+        self.completed_steps = 0  # all up to this one
+        self.last_main_step = 0  # the last launched one that is not lent
+        self._open: dict[int, bool] = {}  # launched steps that have not completed: whether they are lent
 
     # -- taking and letting go
 
@@ -142,16 +144,22 @@ class BlockManager:
             self._retired.append((self.launched_steps, tail_first))
             self.num_retired_blocks += len(tail_first)
 
-    def launch_step(self) -> int:
-        """Count a step launched on this card and return its number."""
+    def launch_step(self, lent: bool = False) -> int:
+        """Count a step launched on this card and return its number. lent: it runs beside the card's other steps."""
         self.launched_steps += 1
+        self._open[self.launched_steps] = lent
+        if not lent:
+            self.last_main_step = self.launched_steps
         return self.launched_steps
 
     def complete_step(self, step: int) -> None:
-        """Step `step` ended: release what was retired no later than its launch."""
-        assert step == self.completed_steps + 1 <= self.launched_steps, "steps of a card complete in launch order"
-        self.completed_steps = step
-        while self._retired and self._retired[0][0] <= step:
+        """Step `step` ended. Once all before it have, too, release what was retired no later than its launch."""
+        lent = self._open.get(step)
+        first = next((each for each, other in self._open.items() if other == lent), None)
+        assert step == first, "steps of a card, and lent ones among themselves, complete in launch order"
+        del self._open[step]
+        self.completed_steps = next(iter(self._open), self.launched_steps + 1) - 1
+        while self._retired and self._retired[0][0] <= self.completed_steps:
             _, blocks = self._retired.popleft()
             self.num_retired_blocks -= len(blocks)
             for block in blocks:

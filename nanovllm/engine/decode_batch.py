@@ -155,7 +155,7 @@ class DecodeBatch:
         last_tokens = sequence.num_prompt_tokens + sequence.request.max_tokens - 1  # the last output has no KV
         sequence.kv_limit_tokens = min(len(table) * self.block_size, last_tokens)
 
-    def launch(self, step: int, plan: DecodePlan) -> DecodeShard:
+    def launch(self, step: int, plan: DecodePlan, beside_lent: bool = False) -> DecodeShard:
         """Count the planned step as launched."""
         assert plan.rows is self._rows, "somebody came or left between plan and launch"
         self.launched[step] = plan.rows
@@ -164,4 +164,5 @@ class DecodeBatch:
             sequence.num_kv_tokens += 1
         self._steps_left -= 1
         self._longest += 1
-        return DecodeShard(self.card, step, self._slots, self._longest, tuple(plan.entries), tuple(plan.new_blocks))
+        news = tuple(plan.entries), tuple(plan.new_blocks)
+        return DecodeShard(self.card, step, self._slots, self._longest, *news, beside_lent)

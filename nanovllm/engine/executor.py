@@ -60,7 +60,8 @@ class Job:
 
 
 class Executor(ABC):
-    """Runs shards of one card in launch order; a copy not before its `after_step`; everything else in any order."""
+    """Runs shards of one card in launch order, but lent ones beside the others, in launch order among themselves; a
+    copy not before its `after_step`; everything else in any order."""
 
     def __init__(self) -> None:
         self._completed: deque[Job] = deque()
@@ -181,7 +182,10 @@ class Worker:
 
 
 class ThreadedExecutor(Executor):
-    """A worker a card, and a worker for the copies that leave it. `notify` is called whenever a job has completed."""
+    """A worker a card, and a worker for the copies that leave it; one for lent steps, where there may be any (`lends`).
+
+    `notify` is called whenever a job has completed.
+    """
 
     def __init__(self, runners: Mapping[int, Runner], notify: Callable[[], None]) -> None:
         super().__init__()
@@ -192,6 +196,9 @@ class ThreadedExecutor(Executor):
         self._cards = {card: Worker(f"card{card}", launch_step, self._complete) for card in runners}
         # What leaves a card, for the other or (private tails of n > 1) for itself, goes over one stream, in order.
         self._links = {card: Worker(f"copies{card}", self._launch_copy, self._complete) for card in runners}
+        # Of its own, so that a decode step waits neither for a lent step's launch nor for its end.
+        lending = [card for card, runner in runners.items() if getattr(runner, "lends", False)]
+        self._lent = {card: Worker(f"lent{card}", launch_step, self._complete) for card in lending}
 
     def launch(self, shard: Shard) -> None:
         self.num_in_flight += 1
@@ -203,12 +210,14 @@ class ThreadedExecutor(Executor):
         while steps and steps[0][1].done.is_set():
             steps.popleft()
         steps.append((shard.step, job))
-        self._cards[shard.card].put(job)
+        lent = isinstance(shard, PrefillShard) and shard.lent
+        (self._lent if lent else self._cards)[shard.card].put(job)
 
     def _source_step(self, shard: CopyShard) -> Job | None:
-        """The launched step the copy must follow; None if it has completed. Engine thread only, like `launch`."""
-        running = [job for step, job in self._steps[shard.src] if step <= shard.after_step and not job.done.is_set()]
-        return running[-1] if running else None
+        """The launched step the copy must follow; None if it has completed, and so all that it follows itself. Engine
+        thread only, like `launch`."""
+        job = next((job for step, job in self._steps[shard.src] if step == shard.after_step), None)
+        return None if job is None or job.done.is_set() else job
 
     def _launch_copy(self, job: Job) -> Handle:
         event = None
@@ -226,5 +235,5 @@ class ThreadedExecutor(Executor):
         self._notify()
 
     def close(self) -> None:
-        for worker in (*self._cards.values(), *self._links.values()):
+        for worker in (*self._cards.values(), *self._lent.values(), *self._links.values()):
             worker.close()

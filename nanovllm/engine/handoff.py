@@ -273,7 +273,7 @@ class Handoff:
                 manager.register(target, block_hash)
             lease.release()
 
-        after_step = self.managers[self.decode].launched_steps
+        after_step = self.managers[self.decode].last_main_step
         self.handoff(self.decode, self.prefill, pairs, after_step, finish, lease, len(pairs))
         return num_fresh
 

@@ -43,7 +43,8 @@ class Histogram:
 @dataclass(slots=True)
 class CardMetrics:
     """One card's steps. Seconds are device seconds, as the executor measured them. Mixed steps count as neither of the
-    others, their tokens do, and once more by themselves.
+    others, their tokens do, and once more by themselves. So do lent ones, which run beside decode steps; these are
+    decode steps like others, and count once more in `beside_lent`.
 
     decode_gap_ms: from one step's end to the first kernel of the next, where a sequence decodes in both;
     decode_period_ms: from end to end of such steps. Steps of a GPU only.
@@ -59,6 +60,11 @@ class CardMetrics:
     mixed_seconds: float = 0.0
     mixed_prefill_tokens: int = 0
     mixed_decode_tokens: int = 0
+    lent_steps: int = 0
+    lent_seconds: float = 0.0
+    lent_tokens: int = 0
+    beside_lent_steps: int = 0
+    beside_lent_seconds: float = 0.0
     decode_gap_ms: Histogram = field(default_factory=Histogram)
     decode_period_ms: Histogram = field(default_factory=Histogram)
 
@@ -67,6 +73,25 @@ class CardMetrics:
         if job.idle_s is not None and len(shard.slots) > len(shard.entries):
             self.decode_gap_ms.add(job.idle_s)
             self.decode_period_ms.add(job.idle_s + job.seconds)
+
+    def add_prefill(self, job: Job, shard: PrefillShard) -> None:
+        self.prefill_tokens += shard.num_tokens
+        if shard.lent:
+            self.lent_steps += 1
+            self.lent_seconds += job.seconds
+            self.lent_tokens += shard.num_tokens
+        else:
+            self.prefill_steps += 1
+            self.prefill_seconds += job.seconds
+
+    def add_decode(self, job: Job, shard: DecodeShard, num_sampled: int) -> None:
+        self.decode_steps += 1
+        self.decode_seconds += job.seconds
+        self.decode_tokens += num_sampled
+        if shard.beside_lent:
+            self.beside_lent_steps += 1
+            self.beside_lent_seconds += job.seconds
+        self.add_gap(job, shard)
 
     def add_mixed(self, job: Job, shard: MixedShard, num_sampled: int) -> None:
         # Where a prompt's first token lost its taker while the step ran, that many too few.
@@ -188,16 +213,11 @@ class EngineMetrics:
             return
         card = self.cards[shard.card]
         if isinstance(shard, PrefillShard):
-            card.prefill_steps += 1
-            card.prefill_tokens += shard.num_tokens
-            card.prefill_seconds += job.seconds
+            card.add_prefill(job, shard)
         elif isinstance(shard, MixedShard):
             card.add_mixed(job, shard, num_sampled)
         else:
-            card.decode_steps += 1
-            card.decode_tokens += num_sampled
-            card.decode_seconds += job.seconds
-            card.add_gap(job, shard)
+            card.add_decode(job, shard, num_sampled)
 
     def _record_copy(self, job: Job, shard: CopyShard) -> None:
         route = self.copies_by_route.setdefault((shard.src, shard.dst), CopyMetrics())

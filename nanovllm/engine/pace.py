@@ -9,6 +9,7 @@ from nanovllm.engine.step_sizes import chunk_sizes
 
 MEASURED_TOKENS = 512  # a prefill step of fewer says little about many
 WEIGHT = 0.2  # of a new measurement in a moving average
+LENT_STRETCH = 2.0  # of a decode step that lends about half of its SMs, before it was measured
 
 
 class Pace:
@@ -23,20 +24,28 @@ class Pace:
         self._max_num_seqs = max_num_seqs
         self._slo_s = None if itl_slo_ms is None else itl_slo_ms / 1e3
         self.decode_s = [0.0] * num_cards  # a step without prompts, as the batch is now
+        self._beside_lent_s = 0.0  # a step of the last card beside a lent one; 0: its last step was none of these
         self.token_s = token_s  # of a prompt, in a step of many
 
     def record(self, shard: Shard, seconds: float) -> None:
         """A step has completed in so many seconds of its card."""
         if isinstance(shard, PrefillShard):
-            if shard.num_tokens >= MEASURED_TOKENS:
+            if shard.num_tokens >= MEASURED_TOKENS and not shard.lent:
                 self.token_s = _average(self.token_s, seconds / shard.num_tokens)
         elif isinstance(shard, DecodeShard):
-            self.decode_s[shard.card] = _average(self.decode_s[shard.card], seconds)
+            self._record_decode(shard, seconds)
         elif isinstance(shard, MixedShard):
             # What the chunk alone would have taken is more than it did here, where weights are read anyway: the
             # decode step comes out a little short, and the next chunk a little small.
             alone_s = max(0.0, seconds - shard.prefill.num_tokens * self.token_s)
             self.decode_s[shard.card] = _average(self.decode_s[shard.card], alone_s)
+
+    def _record_decode(self, shard: DecodeShard, seconds: float) -> None:
+        if shard.beside_lent:
+            self._beside_lent_s = _average(self._beside_lent_s, seconds)
+        else:
+            self.decode_s[shard.card] = _average(self.decode_s[shard.card], seconds)
+            self._beside_lent_s = 0.0 if shard.card == len(self.decode_s) - 1 else self._beside_lent_s
 
     def chunk_tokens(self, card: int, num_rows: int) -> int:
         """Prompt tokens that the next step of `card` has room for beside so many rows: one of `chunk_sizes`, if need be
@@ -51,6 +60,12 @@ class Pace:
         if self._slo_s is None or num_rows == 0:
             return True
         return chunk_sizes(num_rows, self._max_num_seqs)[0] * self.token_s <= self._room_s(card)
+
+    def keeps_slo_lending(self, num_rows: int) -> bool:
+        """Whether steps of the last card, of so many rows, keep its SLO beside a lent one. Without an SLO they do."""
+        if self._slo_s is None or num_rows == 0:
+            return True
+        return (self._beside_lent_s or LENT_STRETCH * self.decode_s[-1]) <= self._slo_s
 
     def _room_s(self, card: int) -> float:
         decode_s, is_last = self.decode_s[card], card == len(self.decode_s) - 1

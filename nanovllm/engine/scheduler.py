@@ -5,8 +5,9 @@ sampled tokens; `finish()` is the one place where a sequence ends, whatever the 
 
 Roles. One card prefills and decodes, chunks and decode rows in one step under a token budget. Of two, card 0 prefills
 and card 1 decodes; with strict roles that is all. With elastic ones card 1 also takes a prompt, in chunks that its
-steps have room for, while prompts queue on card 0; what card 1 has no room for is kept on card 0, which decodes it
-and hands it off when prompts queue and card 1 has room; and a card 0 without prompts takes over part of a large batch.
+steps have room for or (`lends`) on SMs that they leave, while prompts queue on card 0; what card 1 has no room for is
+kept on card 0, which decodes it and hands it off when prompts queue and card 1 has room; and a card 0 without prompts
+takes over part of a large batch.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from nanovllm.engine.shards import (
     Shard,
     StepResult,
 )
-from nanovllm.engine.step_sizes import tokens_within
+from nanovllm.engine.step_sizes import LENT_TOKENS, tokens_within
 from nanovllm.engine.stopwatch import Stopwatch
 
 PREFILL_STEPS_IN_FLIGHT = 2  # one computes, one waits in the card's queue: the host never starves the card
@@ -50,14 +51,19 @@ class Scheduler:
     """Queues and policy over `Handoff`'s blocks.
 
     `num_blocks`: (card 0, card 1), or (card 0,) for one card, which then prefills and decodes. `prefill_token_s`: what
-    a prompt takes, in seconds a token, if that was measured.
+    a prompt takes, in seconds a token, if that was measured. `lends`: whether the decode card of elastic roles takes
+    prompts on SMs that its decode steps leave, in place of mixed steps.
     """
 
-    def __init__(self, config: Config, num_blocks: tuple[int, ...], prefill_token_s: float = 0.0) -> None:
+    def __init__(
+        self, config: Config, num_blocks: tuple[int, ...], prefill_token_s: float = 0.0, lends: bool = False
+    ) -> None:
         self.config = config
         self.block_size = config.kvcache_block_size
         self.prefill_card, self.decode_card = 0, len(num_blocks) - 1
         self.elastic = len(num_blocks) == 2 and config.pd_roles == "elastic"
+        self.lends = lends and self.elastic
+        self.lent_steps: set[int] = set()  # of the decode card, in flight
         # Prefixes are looked up on card 0 alone; the decode card of two shares blocks among live sequences only.
         self.managers = {
             card: BlockManager(count, self.block_size, keep_cached=config.enable_prefix_caching and card == 0)
@@ -107,9 +113,8 @@ class Scheduler:
             self._hand_off_kept()
             self._balance()
         for card in self.managers:
-            step = self._plan_step(card)
-            if step is not None:
-                shards.append(step)
+            steps = self._plan_lent(card), self._plan_step(card)
+            shards += [step for step in steps if step is not None]
             shards += self.handoff.drain_outbox()
         self.back_pressure.set(self.paused and bool(self.waiting))
         return shards
@@ -123,21 +128,32 @@ class Scheduler:
         prefill = self._launch_prefill(card, step, chosen) if chosen else None
         if decode is None:
             return prefill
-        shard = self.batches[card].launch(step, decode)
+        shard = self.batches[card].launch(step, decode, beside_lent=card == self.decode_card and bool(self.lent_steps))
         return shard if prefill is None else MixedShard(card, step, prefill, shard)
+
+    def _plan_lent(self, card: int) -> PrefillShard | None:
+        """The next prefill step beside the decode card's other steps. What it writes, they do not touch: sequences join
+        them when it has completed."""
+        chosen = self.ready_for_prefill(card, lent=True) if self.lends and card == self.decode_card else []
+        if not chosen:
+            return None
+        step = self.managers[card].launch_step(lent=True)
+        self.lent_steps.add(step)
+        return self._launch_prefill(card, step, chosen, lent=True)
 
     def ready_for_decode(self, card: int) -> DecodePlan | None:
         """The rows of the next step of a card, if it decodes."""
         batch = self.batches.get(card)
         return None if batch is None else batch.plan(partial(self._make_room, batch))
 
-    def ready_for_prefill(self, card: int) -> list[tuple[PrefillGroup, int]]:
-        """The next chunks of a card: (group, tokens). Prompts already begun first, then new ones in arrival order."""
+    def ready_for_prefill(self, card: int, lent: bool = False) -> list[tuple[PrefillGroup, int]]:
+        """The next chunks of a card: (group, tokens). Prompts already begun first, then new ones in arrival order.
+        lent: for a lent step."""
         if len(self.launched_prefills[card]) >= PREFILL_STEPS_IN_FLIGHT:
             return []
-        budget_tokens, budget_rows = self._budget_tokens(card), self.config.max_num_seqs
+        budget_tokens, budget_rows = self._budget_tokens(card, lent), self.config.max_num_seqs
         chosen: list[tuple[PrefillGroup, int]] = []
-        for group in self._prefill_candidates(card) if budget_tokens else ():
+        for group in self._prefill_candidates(card, lent) if budget_tokens else ():
             if chosen and len(group.sequences) > budget_rows:  # each samples: bounds the logits of a step
                 break
             count = min(budget_tokens, group.num_tokens - group.num_launched_tokens)
@@ -148,10 +164,13 @@ class Scheduler:
                 break
         return chosen
 
-    def _budget_tokens(self, card: int) -> int:
-        """Prompt tokens that the next step of a card may compute; 0: its rows may not be launched now."""
+    def _budget_tokens(self, card: int, lent: bool) -> int:
+        """Prompt tokens that the next step of a card may compute; 0: its rows may not be launched now, or it is the
+        other kind of step, lent or not, that takes prompts."""
         most, batch = self.config.max_num_batched_tokens, self.batches.get(card)
         rows = batch.num_rows if batch is not None else 0
+        if self.lends and card == self.decode_card and (lent or rows):
+            return min(most, LENT_TOKENS[-1]) if lent and rows else 0
         if batch is not None and rows and not batch.may_launch:
             return 0  # a chunk travels with the rows
         if self.elastic:
@@ -159,8 +178,11 @@ class Scheduler:
             return min(most, self.pace.chunk_tokens(card, rows) if rows else alone)
         return most if card != self.decode_card else tokens_within(most, rows, self.config.max_num_seqs)
 
-    def _prefill_candidates(self, card: int) -> Iterator[PrefillGroup]:
-        yield from [group for group in self.prefilling[card] if group.num_launched_tokens < group.num_tokens]
+    def _prefill_candidates(self, card: int, lent: bool) -> Iterator[PrefillGroup]:
+        steps = self.launched_prefills[card].items()  # lent ones run beside the others: a prompt never is in both
+        elsewhere = {group for step, chunks in steps if (step in self.lent_steps) != lent for group, _ in chunks}
+        begun = [group for group in self.prefilling[card] if group.num_launched_tokens < group.num_tokens]
+        yield from [group for group in begun if group not in elsewhere]
         while (group := self._next_waiting()) is not None:
             if self.evacuated or any(sequence.num_in_flight for sequence in group.sequences):
                 return  # those that were moved away come first; of a preempted one, the last tokens are not known yet
@@ -204,7 +226,8 @@ class Scheduler:
             return False
         if self.pace.seconds_of(self.num_waiting_tokens) < HELP_AFTER_S or not self._has_slots(main, group):
             return False
-        if not self.pace.keeps_slo(main.card, main.num_rows):
+        rows = main.num_rows
+        if not (self.pace.keeps_slo_lending(rows) if self.lends else self.pace.keeps_slo(main.card, rows)):
             return False  # for a prompt once begun it is no limit: others may wait for its blocks
         if 2 * self.handoff.num_cached_tokens(group) > group.num_tokens or not self._admit(group, main.card, main):
             return False
@@ -231,12 +254,14 @@ class Scheduler:
         self.batches[group.decode_card].num_living += len(group.sequences)
         self.prefilling[group.prefill_card].append(group)
 
-    def _launch_prefill(self, card: int, step: int, chosen: list[tuple[PrefillGroup, int]]) -> PrefillShard:
+    def _launch_prefill(
+        self, card: int, step: int, chosen: list[tuple[PrefillGroup, int]], lent: bool = False
+    ) -> PrefillShard:
         chunks = tuple(self._chunk(group, count) for group, count in chosen)
         self.launched_prefills[card][step] = [(group, group.num_launched_tokens) for group, _ in chosen]
         for group, _ in chosen:
             self.handoff.mirror(group, step, partial(self._settle, group))
-        return PrefillShard(card, step, chunks)
+        return PrefillShard(card, step, chunks, lent)
 
     def _chunk(self, group: PrefillGroup, count: int) -> PrefillChunk:
         leader, start = group.leader, group.num_launched_tokens
@@ -292,7 +317,7 @@ class Scheduler:
     ) -> bool:
         """Start moving a sequence to card 0, where it gets blocks for `num_tokens`; False if that has no room."""
         main = self.main_batch
-        steps = self.managers[main.card].launched_steps
+        steps = self.managers[main.card].last_main_step
         if not self.handoff.move(sequence, self.prefill_card, num_tokens, reserve_blocks, steps, done):
             return False
         main.remove(sequence)
@@ -335,7 +360,7 @@ class Scheduler:
         """Card 0, without a prompt, takes over what finds no slot on the decode card; after a while, part of a large
         batch there, a few at a time. The youngest first."""
         main, own = self.main_batch, self.batches[self.prefill_card]
-        steps = self.managers[main.card].launched_steps
+        steps = self.managers[main.card].last_main_step
         if self._has_prompts() or self.evacuated:
             self._last_busy_step = steps
             return
@@ -429,6 +454,8 @@ class Scheduler:
         rows: list[Sequence] = []
         if not isinstance(shard, DecodeShard):
             launched = self.launched_prefills[shard.card].pop(shard.step)
+            if isinstance(shard, PrefillShard) and shard.lent:
+                self.lent_steps.remove(shard.step)
             rows = [row for group, end in launched for row in self._prefilled(group, end)]
         if not isinstance(shard, PrefillShard):
             decoded = self.batches[shard.card].launched.pop(shard.step)

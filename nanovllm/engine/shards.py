@@ -39,11 +39,15 @@ class PrefillChunk:
 
 @dataclass(frozen=True, slots=True)
 class PrefillShard:
-    """One prefill step of one card. Its result has one row for each sample, in order."""
+    """One prefill step of one card. Its result has one row for each sample, in order.
+
+    `lent`: it runs beside the card's other steps, on SMs that they leave to it, and ends before or after them.
+    """
 
     card: int
     step: int
     chunks: tuple[PrefillChunk, ...]
+    lent: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -77,7 +81,10 @@ class NewBlock:
 
 @dataclass(frozen=True, slots=True)
 class DecodeShard:
-    """One decode step: every slot in `slots` advances by one token. `max_context_tokens` bounds their lengths."""
+    """One decode step: every slot in `slots` advances by one token. `max_context_tokens` bounds their lengths.
+
+    `beside_lent`: a lent prefill step is in flight, and has part of the card's SMs.
+    """
 
     card: int
     step: int
@@ -85,6 +92,7 @@ class DecodeShard:
     max_context_tokens: int
     entries: tuple[SlotEntry, ...] = ()
     new_blocks: tuple[NewBlock, ...] = ()
+    beside_lent: bool = False
 
 
 @dataclass(frozen=True, slots=True)

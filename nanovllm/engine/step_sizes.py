@@ -10,6 +10,8 @@ STEP_TOKENS = (256, 512, 1024, 2048)  # prompts' tokens and decode rows; all but
 MIN_CHUNK_TOKENS = 64
 MIN_BUCKET = 16
 MAX_BUCKETS = 6  # of rows; each is captured with up to three numbers of tokens, and that takes time at start-up
+LENT_TOKENS = (512, 1024, 2048)  # prompts' tokens of a step on SMs that a decode card lends; the last one: at most
+LENT_BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384)  # of decode rows beside it; `max_num_seqs` is one more
 
 
 def row_buckets(max_num_seqs: int) -> list[int]:
@@ -38,6 +40,11 @@ def captured_sizes(max_num_seqs: int, max_tokens: int) -> list[tuple[int, int]]:
     """(prompt tokens, decode rows) to capture, for steps of at most `max_tokens` and `max_num_seqs`, ascending."""
     sizes = {(min(t - b, max_tokens), b) for b in row_buckets(max_num_seqs) for t in _totals(b)[:-1]}
     return sorted(sizes, key=lambda size: (sum(size), size))
+
+
+def lent_sizes(max_tokens: int) -> list[int]:
+    """Numbers of prompt tokens to capture for lent steps of at most `max_tokens`, ascending."""
+    return sorted({min(size, max_tokens) for size in LENT_TOKENS})
 
 
 def _bucket_of(num_rows: int, max_num_seqs: int) -> int:

@@ -40,6 +40,7 @@ configs = st.fixed_dictionaries(
         "run_ahead": st.sampled_from([None, 1, 2, 3, 4]),
         "pd_roles": st.sampled_from(["elastic", "elastic", "strict"]),
         "itl_slo_ms": st.sampled_from(SLOS_MS),
+        "lends": st.sampled_from([False, False, True]),
     }
 )
 params = st.builds(
@@ -78,7 +79,8 @@ class EngineMachine(RuleBasedStateMachine):
     @initialize(config=configs, pools=st.tuples(st.integers(6, 24), st.integers(6, 24)), seed=st.integers(0, 1 << 32))
     def start(self, config: dict, pools: tuple[int, int], seed: int) -> None:
         blocks = pools if config["enable_two_gpu_pd"] else pools[:1]
-        self.world = World(tiny_config(**config, decode_backlog_high=4), blocks, random.Random(seed))
+        lends = config.pop("lends")
+        self.world = World(tiny_config(**config, decode_backlog_high=4), blocks, random.Random(seed), lends)
         self.world.check_books = self.check_books
 
     @rule(prompt=prompts, params=params)

@@ -1,8 +1,9 @@
 """Cards that do their work late, in seeded disorder, and notice when memory is not what it should be.
 
-`SimulatedExecutor` is an executor for the real engine loop. Each card has an ordered queue of steps, each copy
-direction an ordered queue of copies; nothing happens until `advance` picks one queue and moves its head by one
-phase. A step reads at its start and reads again and writes at its end; a copy moves one half, then the other.
+`SimulatedExecutor` is an executor for the real engine loop. Each card has an ordered queue of steps and one of lent
+steps, each copy direction an ordered queue of copies; nothing happens until `advance` picks one queue and moves its
+head by one phase. A step reads at its start and reads again and writes at its end; a copy moves one half, then the
+other.
 A page cell holds (parent value, value) where value = mix(parent value, token): a chain over the sequence's tokens,
 so that a context is right exactly if its cells link up. Free blocks are poisoned, copy targets are torn until the
 copy ends, and the sampled token is a function of the context's last value: corruption shows in the tokens, too.
@@ -111,10 +112,10 @@ class SimulatedExecutor(Executor):
         self.rng = rng
         self.managers = managers
         self.cards = {card: Card(m.num_blocks, m.block_size) for card, m in managers.items()}
-        self.steps: dict[int, deque[Task]] = {card: deque() for card in managers}
+        self.steps: dict[tuple[int, bool], deque[Task]] = {}  # by card, and whether they are lent
         self.copies: dict[tuple[int, int], deque[Task]] = {}
-        self.reported_steps = dict.fromkeys(managers, 0)
-        self.executed_steps = dict.fromkeys(managers, 0)
+        self.reported_steps: set[tuple[int, int]] = set()  # (card, step)
+        self.executed_steps: set[tuple[int, int]] = set()
 
     # -- engine's side
 
@@ -126,7 +127,8 @@ class SimulatedExecutor(Executor):
             self.copies.setdefault((shard.src, shard.dst), deque()).append(task)
             return
         task.phases = [lambda: self._step_begin(shard), lambda: self._step_end(task)]
-        self.steps[shard.card].append(task)
+        lent = isinstance(shard, PrefillShard) and shard.lent
+        self.steps.setdefault((shard.card, lent), deque()).append(task)
 
     # -- the world's side
 
@@ -151,16 +153,16 @@ class SimulatedExecutor(Executor):
         queue.popleft()
         shard = task.job.shard
         if not isinstance(shard, CopyShard):
-            self.reported_steps[shard.card] = shard.step
+            self.reported_steps.add((shard.card, shard.step))
         self._completed.append(task.job)
         return True
 
     def _may_move(self, task: Task) -> bool:
         shard = task.job.shard
-        if not isinstance(shard, CopyShard):
+        if not isinstance(shard, CopyShard) or shard.after_step == 0:
             return True
-        clock = self.executed_steps if task.phases else self.reported_steps
-        return clock[shard.src] >= shard.after_step
+        ended = self.executed_steps if task.phases else self.reported_steps
+        return (shard.src, shard.after_step) in ended
 
     # -- steps: the halves of a mixed one in turn
 
@@ -182,7 +184,7 @@ class SimulatedExecutor(Executor):
         else:
             ids = self._prefill_end(shard.prefill) + self._decode_end(shard.decode)
         task.job.result = StepResult(ids)
-        self.executed_steps[shard.card] = shard.step
+        self.executed_steps.add((shard.card, shard.step))
 
     # -- prefill
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from nanovllm.admission import Limits, check_request
@@ -30,9 +31,10 @@ class World:
     config: Config
     num_blocks: tuple[int, ...]
     rng: random.Random
+    lends: bool = False
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(self.config, self.num_blocks)
+        self.scheduler = Scheduler(self.config, self.num_blocks, lends=self.lends)
         self.executor = SimulatedExecutor(self.scheduler.managers, self.rng)
         self.engine = LLMEngine(self.config, self.scheduler, lambda notify: self.executor)
         self.queue = OutputQueue()
@@ -83,7 +85,7 @@ class World:
     def check_idle(self) -> None:
         """Exactly zero of everything, and every answer right."""
         scheduler = self.scheduler
-        assert scheduler.idle, f"stuck: {scheduler.describe()}"
+        assert scheduler.idle and not scheduler.lent_steps, f"stuck: {scheduler.describe()}"
         assert self.executor.num_in_flight == 0 and not self.engine.has_unfinished()
         for manager in scheduler.managers.values():
             assert manager.num_free_blocks == manager.num_blocks, "a block is still owned"
@@ -145,17 +147,35 @@ def random_world(seed: int) -> World:
     return World(config, pools, rng)
 
 
-def run_random(seed: int, num_requests: int = 25) -> World:
+def lending_world(seed: int) -> World:
+    """Two cards of which the second lends SMs; small steps, so that prompts queue and take several chunks."""
+    rng = random.Random(seed)
+    config = tiny_config(
+        block_size=rng.choice([2, 4]),
+        enable_two_gpu_pd=True,
+        max_num_seqs=rng.choice([2, 3, 5, 8]),
+        max_num_batched_tokens=rng.choice([2, 4, 8]),
+        enable_prefix_caching=rng.random() < 0.7,
+        run_ahead=rng.choice([None, 1, 2, 3]),
+        itl_slo_ms=rng.choice([None, None, 12.0]),
+    )
+    return World(config, tuple(rng.choice([10, 16, 40]) for _ in range(2)), rng, lends=True)
+
+
+def run_random(seed: int, num_requests: int = 25, make_world: Callable[[int], World] = random_world) -> World:
     """Requests and aborts at random moments, everything in random order, then drain and check."""
-    world = random_world(seed)
+    world = make_world(seed)
     rng = world.rng
     left = num_requests
     while left:
-        if rng.random() < 0.15:
+        if rng.random() < (0.6 if world.lends else 0.15):
             world.add(random_prompt(rng, 20), random_params(rng))
             left -= 1
         if rng.random() < 0.03 and world.requests:
             world.abort(rng.choice(world.requests))
+        if world.lends and world.scheduler.lent_steps and rng.random() < 0.1:  # of what a lent step computes just now
+            step = rng.choice(sorted(world.scheduler.lent_steps))
+            world.abort(rng.choice(world.scheduler.launched_prefills[1][step])[0].leader.request)
         for _ in range(rng.choice([0, 1, 2, 5])):
             world.executor.advance()
         world.step()
