@@ -34,6 +34,8 @@ class Config:
     `max_num_batched_tokens`: of a step; on one card, of prompts and decode rows together.
     `pd_roles`: "strict" cards prefill or decode; "elastic" ones help each other out. `itl_slo_ms`: what a decode step
     of card 1 may take for it to take a prompt too (None: twice what it takes without); elastic roles only.
+    `lend_sms`: (D, P): card 1 takes prompts on P of its SMs beside decode steps on D others, in place of chunks inside
+    them; elastic roles only. Where partitions cannot be had it says so and mixes; on CPU cards nothing is divided.
     `enable_decode_pipeline`: decode steps of card 1 may run attention and FFN on two partitions of its SMs, if
     `decode_pipeline` lets them: "auto" takes what measures fastest, one stream included, and where partitions cannot be
     had says so and decodes over one stream; "static" always takes one split, or raises; "disabled" never does.
@@ -46,6 +48,7 @@ class Config:
     enable_two_gpu_pd: bool = False
     pd_roles: str = "elastic"
     itl_slo_ms: float | None = None
+    lend_sms: tuple[int, int] | None = None
     prefill_device_id: int = 0
     decode_device_id: int = 1
     device: str = "auto"
@@ -89,11 +92,14 @@ class Config:
     def __post_init__(self) -> None:
         if isinstance(self.num_kvcache_blocks, list):
             object.__setattr__(self, "num_kvcache_blocks", tuple(self.num_kvcache_blocks))
+        if isinstance(self.lend_sms, list):
+            object.__setattr__(self, "lend_sms", tuple(self.lend_sms))
         self._check_types()
         self._check_choices()
         self._check_ranges()
         self._check_cards()
         self._check_pipeline()
+        self._check_lending()
 
     def _check_types(self) -> None:
         if not isinstance(self.model, str) or not self.model:
@@ -160,6 +166,20 @@ class Config:
             raise ValueError("enable_decode_pipeline=True needs enable_two_gpu_pd=True: it divides the decode card")
         if self.disable_green and self.decode_pipeline == "static":
             raise ValueError("disable_green=True leaves nothing to decode_pipeline='static', which needs SM partitions")
+
+    def _check_lending(self) -> None:
+        if self.lend_sms is None:
+            return
+        if not isinstance(self.lend_sms, tuple) or len(self.lend_sms) != 2:
+            raise ValueError(f"lend_sms={self.lend_sms!r} must be None or (SMs of decode steps, SMs of prompts)")
+        for count in self.lend_sms:
+            _integer("lend_sms", count, 1, MOST_SMS)
+        if not self.enable_two_gpu_pd or self.pd_roles != "elastic":
+            needed = "enable_two_gpu_pd=True with pd_roles='elastic'"
+            raise ValueError(f"lend_sms={self.lend_sms} needs {needed}: it is how the decode card takes prompts")
+        if self.pipelines_decode or self.disable_green:
+            other = "disable_green=True" if self.disable_green else "a decode pipeline"
+            raise ValueError(f"lend_sms={self.lend_sms} divides the decode card's SMs: not with {other}")
 
     @property
     def pipelines_decode(self) -> bool:

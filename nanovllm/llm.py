@@ -181,7 +181,7 @@ class LLM:
     def stats(self) -> dict[str, Any]:
         """Queue lengths and blocks by card now; since the start: tokens, steps, device seconds and busy share by card,
         copies (blocks, bytes, seconds), evacuations, recomputes, write-backs, pauses, prompt tokens and cached ones; of
-        answers: how many ended for which reason, and their latencies; of the decode pipeline: its statistics."""
+        answers: ends by reason, latencies; of the decode pipeline: its statistics; `lent_sms`: (decode, prompts)."""
         return _stats(self._engine, self.decode_runner)
 
     def start_metrics_server(self, port: int = 0, host: str = "127.0.0.1") -> MetricsServer:
@@ -388,13 +388,13 @@ def _metrics_server_class() -> type[MetricsServer]:
 
 
 def _stats(engine: LLMEngine, decode_runner: ModelRunner) -> dict[str, Any]:
-    return engine.stats() | {"pipeline": decode_runner.get_pipeline_statistics()}
+    return engine.stats() | {"pipeline": decode_runner.get_pipeline_statistics(), "lent_sms": decode_runner.lent_sms}
 
 
 def _start_engine(config: Config, runners: list[ModelRunner]) -> LLMEngine:
     cards = dict(enumerate(runners))
     num_blocks = tuple(runner.kv_cache.num_blocks for runner in runners)
-    scheduler = Scheduler(config, num_blocks, runners[0].prefill_token_s)
+    scheduler = Scheduler(config, num_blocks, runners[0].prefill_token_s, runners[-1].lends)
     if not config.overlap:
         return LLMEngine(config, scheduler, lambda notify: InlineExecutor(cards))
     # A thread in pure Python holds the interpreter this long before the engine's threads get a turn. For the whole

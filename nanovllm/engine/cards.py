@@ -103,6 +103,8 @@ def build_runners(
         rates = prepare(runners, config, seconds)
     elif config.pipelines_decode:
         runners[-1].start_pipeline(pipeline_options(config))  # fails, or says that it cannot
+    else:
+        runners[-1].lends = config.lend_sms is not None  # nothing is divided
     logger.info(start_line(config, runners, rates))
     return runners
 
@@ -143,6 +145,8 @@ def prepare(runners: list[ModelRunner], config: Config, seconds: dict[str, float
         with timed(seconds, "capture_s"):
             for card, runner in enumerate(runners):
                 capture(runner, card, config)
+    elif config.lend_sms is not None:
+        runners[-1].start_lending(config.lend_sms, config.max_num_batched_tokens)  # says that it cannot
     if config.pipelines_decode:
         with timed(seconds, "capture_s"):
             runners[-1].start_pipeline(pipeline_options(config))
@@ -171,7 +175,9 @@ def capture(runner: ModelRunner, card: int, config: Config) -> None:
     captures_prompts = runner.model.attention.name == "triton"
     if decodes(config, card):
         runner.capture()
-        if captures_prompts and mixes(config):
+        if config.lend_sms is not None and card == 1:
+            runner.start_lending(config.lend_sms, most)
+        if captures_prompts and mixes(config) and not runner.lends:
             runner.capture_mixed(most)
     if captures_prompts and card == 0:
         runner.capture_prefill(most)

@@ -20,7 +20,7 @@ from nanovllm.engine.prefill_graphs import MAX_SEQUENCES
 from nanovllm.engine.slot_packets import SlotPackets
 from nanovllm.engine.slot_state import ALIVE, MIN_TOKENS, SlotState
 from nanovllm.kernels.decode_state import advance, gather_inputs
-from nanovllm.layers.attention import DecodeMetadata
+from nanovllm.layers.attention import AttentionBackend, DecodeMetadata
 from nanovllm.layers.draw import draw
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import SAMPLER_KINDS, SamplerKind
@@ -71,7 +71,7 @@ class DecodeGraphs:
         self.capture_seconds = time.perf_counter() - started
 
     def _capture(self, bucket: int) -> None:
-        self._model_graphs[bucket] = self.graph_of(partial(self._run_model, bucket))
+        self._model_graphs[bucket] = self.graph_of(partial(self.run_model, bucket))
         for kind in SAMPLER_KINDS:
             self._samplers[bucket, kind] = self.graph_of(partial(self._run_sampler, bucket, kind))
 
@@ -103,10 +103,11 @@ class DecodeGraphs:
         metadata = DecodeMetadata(context_lens_B, tables_BN, mapping_B, self.max_context_tokens, order_B)
         return tokens_B, positions_B, metadata
 
-    def _run_model(self, bucket: int) -> None:
+    def run_model(self, bucket: int, backend: AttentionBackend | None = None) -> None:
+        """Queue the model for `bucket` rows, those of `set_slots`; logits to `logits_BV`. backend: as for the model."""
         tokens_B, positions_B, metadata = self.inputs(bucket)
         logits_BV = self.logits_BV[:bucket]
-        self.model.forward_decode(tokens_B, positions_B, self.kv_cache, metadata, out=logits_BV)
+        self.model.forward_decode(tokens_B, positions_B, self.kv_cache, metadata, logits_BV, backend)
 
     def _run_sampler(self, bucket: int, kind: SamplerKind) -> None:
         state, slots_B, token_ids_B = self.slots, self.slots_B[:bucket], self.token_ids_B[:bucket]

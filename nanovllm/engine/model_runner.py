@@ -25,6 +25,7 @@ from nanovllm.sampling_params import SAMPLER_KINDS, SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.engine.decode_graphs import DecodeGraphs
+    from nanovllm.engine.lending import Lending
     from nanovllm.engine.mixed_graphs import MixedGraphs
     from nanovllm.engine.pipeline_runs import PipelineOptions
     from nanovllm.engine.pipeline_scheduler import DecodePipelineScheduler
@@ -54,6 +55,8 @@ class ModelRunner:
         self.prefill_graphs: PrefillGraphs | None = None
         self.mixed_graphs: MixedGraphs | None = None
         self.pipeline: DecodePipelineScheduler | None = None
+        self.lending: Lending | None = None
+        self.lends = False  # there may be lent steps; on a CPU they are steps like others
         self.prefill_token_s = 0.0  # of a prompt, in a step of many; 0: not measured
         self._has_kernels = model.attention.elementwise.name == "triton"
         max_blocks = -(-max_model_len // self.block_size)
@@ -68,15 +71,17 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run_prefill(self, shard: PrefillShard) -> StepHandle:
-        """Compute the chunks' KV; sample where a chunk is its prompt's last. Rows as `shard` lists its samples."""
-        with self._on_card():
+        """Compute the chunks' KV; sample where a chunk is its prompt's last. Rows as `shard` lists its samples. A lent
+        step may be launched while another thread launches the card's other steps."""
+        lending = self.lending if shard.lent else None
+        with self._on_card(None if lending is None else lending.stream):
             batch = self._chunk_batch(shard)
             start = self._mark()
             logits = self._prefill(shard, batch)
             rows = _samples(shard)
             wanted = [row.params.logprobs for row in rows]
             kept = logits.clone() if _any_wanted(wanted) else logits  # penalties may change them in place
-            return self._handle(kept, self._first_tokens(logits, rows), wanted, start)
+            return self._handle(kept, self._first_tokens(logits, rows), wanted, start, lending)
 
     @torch.inference_mode()
     def run_decode_core(self, shard: DecodeShard) -> StepHandle:
@@ -106,6 +111,8 @@ class ModelRunner:
 
     def _decode(self, shard: DecodeShard) -> Tensor:
         """Logits of a step, float32 [slots, vocab_size]."""
+        if shard.beside_lent and self.lending is not None:
+            return self.lending.replay_model(shard.slots)
         if self.pipeline is not None:
             return self.pipeline.decode_token(shard.slots, shard.max_context_tokens)
         if self.graphs is not None:
@@ -182,6 +189,15 @@ class ModelRunner:
             self.mixed_graphs = MixedGraphs(self.graphs, max_num_batched_tokens)
 
     @torch.inference_mode()
+    def start_lending(self, sms: tuple[int, int], max_num_batched_tokens: int) -> None:
+        """Let lent steps run beside decode steps, after `capture`, or warn. Nothing else of this engine may run."""
+        from nanovllm.engine.lending import start_lending  # here: most runners need none of it
+
+        with self._on_card():
+            self.lending = start_lending(self.graphs, self.device, sms, max_num_batched_tokens)
+        self.lends = self.lending is not None
+
+    @torch.inference_mode()
     def start_pipeline(self, options: PipelineOptions) -> None:
         """Let decode steps run in two lanes, after `capture`; nothing else of this engine may run. See there."""
         from nanovllm.engine.pipeline_runs import DecodeCard
@@ -201,10 +217,16 @@ class ModelRunner:
         print("no decode pipeline was asked for" if self.pipeline is None else self.pipeline.describe())
 
     def close_pipeline(self) -> None:
-        """Give the card's partitions back. No step may run any more."""
-        if self.pipeline is not None:
-            self.pipeline.close()
-        self.pipeline = None
+        """Give the card's partitions back, those of which one is lent, too. No step may run any more."""
+        for user in (self.pipeline, self.lending):
+            if user is not None:
+                user.close()
+        self.pipeline = self.lending = None
+
+    @property
+    def lent_sms(self) -> tuple[int, int] | None:
+        """SMs of decode steps and of lent ones, as granted; None where none are lent, and on a CPU."""
+        return None if self.lending is None else self.lending.split.granted
 
     def warm_up(self) -> None:
         """Compile what prefill launches: few tokens, and many, and every kind of sampler, into the null block."""
@@ -224,6 +246,8 @@ class ModelRunner:
         if self.device.type == "cuda":
             reserve_pinned()
             self._rehearse(max_num_batched_tokens)
+            for kind in range(3 if self.lending is not None else 0):
+                self._warm_prefill([1], kind, lent=True)
         num_tokens = min(PACE_TOKENS, max_num_batched_tokens, self.max_model_len)
         self.prefill_token_s = (self._warm_prefill([num_tokens]) or 0.0) / num_tokens  # last: nothing is loaded in it
 
@@ -232,19 +256,19 @@ class ModelRunner:
         with self._on_card():
             num_slots = len(self.slots.params)
             rehearse_products(self.model, max_num_batched_tokens + num_slots, num_slots + MAX_SEQUENCES)
-            for graphs in (self.graphs, self.mixed_graphs, self.prefill_graphs):
+            for graphs in (self.graphs, self.mixed_graphs, self.prefill_graphs, self.lending):
                 if graphs is not None:
                     graphs.rehearse()
         torch.cuda.synchronize(self.device)
 
-    def _warm_prefill(self, lengths: list[int], kind: int = 0) -> float | None:
+    def _warm_prefill(self, lengths: list[int], kind: int = 0, lent: bool = False) -> float | None:
         """A step of prompts that nobody asked for; its device seconds. From a single one two tokens are drawn, from
         each of many one."""
         kinds = SamplingParams(), SamplingParams(top_k=2, top_p=0.5), SamplingParams(repetition_penalty=2.0)
         rows = (SamplingRow(kinds[kind % 3], seed=0, position=0),) * (2 if len(lengths) == 1 else 1)
         null = self.kv_cache.null_block
         chunks = [PrefillChunk((0,) * n, 0, (null,) * -(-n // self.block_size), rows) for n in lengths]
-        handle = self.run_prefill(PrefillShard(0, 0, tuple(chunks)))
+        handle = self.run_prefill(PrefillShard(0, 0, tuple(chunks), lent))
         handle.wait()
         return handle.seconds
 
@@ -258,7 +282,8 @@ class ModelRunner:
 
     def _prefill(self, shard: PrefillShard, batch: ChunkBatch) -> Tensor:
         """Logits of every sample's row, float32 [samples, vocab_size]."""
-        sampled, graphs = _sampled_chunks(shard), self.prefill_graphs
+        lending = self.lending if shard.lent else None
+        sampled, graphs = _sampled_chunks(shard), self.prefill_graphs if lending is None else lending.prefill_graphs
         size = graphs.size_for(shard.num_tokens, len(batch.query_lens)) if graphs is not None else None
         if graphs is None or size is None:
             return self._prefill_eagerly(batch, sampled)
@@ -333,19 +358,20 @@ class ModelRunner:
     # -- small helpers
 
     def _handle(
-        self, logits: Tensor, token_ids: Tensor, wanted: list[int | None], start: torch.cuda.Event | None
+        self, logits: Tensor, token_ids: Tensor, wanted: list[int | None], start: Any, lending: Lending | None = None
     ) -> StepHandle:
+        pinned = self._pinned_ids if lending is None else lending.pinned_ids  # of a thread each
         most = max((k for k in wanted if k is not None), default=None)
         logprobs = () if most is None else gather_logprobs(logits, token_ids, min(most, logits.shape[-1]))
-        return StepHandle(token_ids, logprobs, wanted, start, self._pinned_ids)
+        return StepHandle(token_ids, logprobs, wanted, start, pinned)
 
     @contextmanager
-    def _on_card(self) -> Iterator[None]:
-        """Current device and stream are this thread's own state: set for every step."""
+    def _on_card(self, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
+        """Current device and stream are this thread's own state: set for every step. stream: the runner's, or this."""
         if self.stream is None:
             yield
             return
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+        with torch.cuda.device(self.device), torch.cuda.stream(stream or self.stream):
             yield
 
     def _mark(self) -> torch.cuda.Event | None:

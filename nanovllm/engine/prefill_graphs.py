@@ -9,6 +9,7 @@ Letters in names: T tokens, S sequences, N blocks a sequence can have, V vocabul
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from nanovllm.engine.kv_cache import KVCache
 from nanovllm.engine.shards import PrefillShard
-from nanovllm.layers.attention import PrefillMetadata
+from nanovllm.layers.attention import AttentionBackend, PrefillMetadata
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
@@ -134,18 +135,21 @@ class PrefillBuffers:
 class PrefillGraphs:
     """Captured on construction, on the current stream of the card, with the card's own workers not yet started.
 
-    Replays must be launched on the stream of the capture, one step at a time.
+    Replays must be launched on the stream of the capture, one step at a time. sizes: numbers of tokens; None: those of
+    `token_sizes`. backend: of the layers, where it is not the model's own.
     """
 
     model: Qwen3ForCausalLM
     kv_cache: KVCache
     max_context_tokens: int
     max_tokens: int
+    sizes: Sequence[int] | None = None
+    backend: AttentionBackend | None = None
     _graphs: dict[int, torch.cuda.CUDAGraph] = field(default_factory=dict)
     _logits: dict[int, Tensor] = field(default_factory=dict)  # [S, V] each
 
     def __post_init__(self) -> None:
-        sizes = token_sizes(self.model.config, self.max_tokens)
+        sizes = token_sizes(self.model.config, self.max_tokens) if self.sizes is None else self.sizes
         self.buffers = PrefillBuffers(self.kv_cache, self.max_context_tokens, max(sizes, default=0))
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(sizes):
@@ -168,8 +172,12 @@ class PrefillGraphs:
     def _run(self, size: int) -> Tensor:
         buffers = self.buffers
         tokens_T, positions_T, _ = buffers.tokens_3T[:, :size].unbind(0)
-        last = buffers.last_tokens
-        return self.model.forward_prefill(tokens_T, positions_T, self.kv_cache, buffers.metadata(size), last)
+        metadata, last = buffers.metadata(size), buffers.last_tokens
+        return self.model.forward_prefill(tokens_T, positions_T, self.kv_cache, metadata, last, self.backend)
+
+    def close(self) -> None:
+        """Drop the graphs, and with them their memory."""
+        self._graphs, self._logits = {}, {}
 
     def size_for(self, num_tokens: int, num_sequences: int) -> int | None:
         """The captured size that serves such a step; None: launch it eagerly."""

@@ -26,6 +26,7 @@ def start_line(config: Config, runners: Sequence[ModelRunner], rates: Mapping[tu
     links = [_link(runners, src, dst, rates.get((src, dst))) for src, dst in permutations(range(len(runners)), 2)]
     decode = runners[-1]
     roles = [f"roles: {config.pd_roles}"] if len(runners) > 1 else []
+    roles += [f"lent SMs: {_lent_sms(decode)}"] if config.lend_sms is not None else []
     chosen = [f"attention: {decode.model.attention.name}", f"graphs: {'none' if decode.graphs is None else 'captured'}"]
     return "; ".join([*cards, *links, *roles, *chosen, f"decode pipeline: {_pipeline(decode)}"])
 
@@ -41,6 +42,13 @@ def _link(runners: Sequence[ModelRunner], src: int, dst: int, rate: float | None
     way = runners[src].kv_cache.copy_way(runners[dst].kv_cache)
     measured = "" if rate is None else f", {rate:.0f} GB/s"
     return f"link {src} → {dst}: {PEER_ACCESS.get(way, 'host memory')}{measured}"
+
+
+def _lent_sms(runner: ModelRunner) -> str:
+    """Those of decode steps and of prompts."""
+    if not runner.lends:
+        return "none"
+    return "undivided" if runner.lent_sms is None else "{}:{}".format(*runner.lent_sms)
 
 
 def _pipeline(runner: ModelRunner) -> str:

@@ -172,13 +172,15 @@ class Qwen3ForCausalLM(nn.Module):
         kv_cache: KVCache,
         metadata: PrefillMetadata,
         logits_index: Tensor,
+        backend: AttentionBackend | None = None,
     ) -> Tensor:
         """Compute a batch of chunks and store their KV; float32 logits [len(logits_index), vocab_size].
 
         input_ids_T, positions_T: int64 [T], the sequences' tokens one after the other. logits_index: int64,
-        the rows of T whose logits are wanted (last tokens of finished prompts); if none, no lm_head work.
+        the rows of T whose logits are wanted (last tokens of finished prompts); if none, no lm_head work. backend: of
+        the layers, where it is not the model's own.
         """
-        hidden, residual = self._forward_layers(input_ids_T, positions_T, kv_cache, metadata)
+        hidden, residual = self._forward_layers(input_ids_T, positions_T, kv_cache, metadata, backend)
         if logits_index.shape[0] == 0:
             return hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
         return self._logits_of(hidden, residual, logits_index)
@@ -190,9 +192,13 @@ class Qwen3ForCausalLM(nn.Module):
         kv_cache: KVCache,
         metadata: DecodeMetadata,
         out: Tensor | None = None,
+        backend: AttentionBackend | None = None,
     ) -> Tensor:
-        """One token for each row, int64 [B]; float32 logits [B, vocab_size], in `out` if given. Never waits."""
-        hidden, residual = self._forward_layers(input_ids_B, positions_B, kv_cache, metadata)
+        """One token for each row, int64 [B]; float32 logits [B, vocab_size], in `out` if given. Never waits.
+
+        backend: of the layers, where it is not the model's own.
+        """
+        hidden, residual = self._forward_layers(input_ids_B, positions_B, kv_cache, metadata, backend)
         return self.compute_logits(hidden, residual, out)
 
     def forward_mixed(
@@ -216,13 +222,19 @@ class Qwen3ForCausalLM(nn.Module):
         return self.compute_logits(hidden.index_select(-2, index), residual[index], out)
 
     def _forward_layers(
-        self, input_ids: Tensor, positions: Tensor, kv_cache: KVCache, metadata: AttentionMetadata
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        kv_cache: KVCache,
+        metadata: AttentionMetadata,
+        backend: AttentionBackend | None = None,
     ) -> tuple[Tensor, Tensor]:
         hidden: Tensor = self.embed_tokens(input_ids)
         residual: Tensor | None = None
+        places = positions, kv_cache, metadata
         for layer in range(self.config.num_hidden_layers):
-            hidden, residual = self.forward_attention_stage(layer, hidden, residual, positions, kv_cache, metadata)
-            hidden, residual = self.forward_ffn_stage(layer, hidden, residual)
+            hidden, residual = self.forward_attention_stage(layer, hidden, residual, *places, backend)
+            hidden, residual = self.forward_ffn_stage(layer, hidden, residual, backend)
         assert residual is not None, "a model has at least one layer"
         return hidden, residual
 
