@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from bench_compare import Comparison, add_point, compare
 from bench_curves import load_lines, plot
-from bench_decode_pipeline import add_pipeline_arguments, pipeline_config, start_on_one_card
+from bench_decode_pipeline import add_pipeline_arguments, pipeline_config, split_counts, start_on_one_card
 from bench_load import Load, LocalEngine, measure, warm_up_load
 from bench_load_options import add_load_arguments, check_together, each, load_of, positive
 from bench_report import identity, make_report, table_rows
@@ -211,6 +211,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "num_kvcache_blocks": args.num_kvcache_blocks,
         "pd_roles": args.pd_roles,
         "itl_slo_ms": args.itl_slo_ms,
+        "lend_sms": args.lend_sms,
     }
     return {name: value for name, value in options.items() if value is not None}
 
@@ -277,6 +278,7 @@ def add_engine_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max-num-batched-tokens", type=int, metavar="TOKENS", help="of a step; see --budgets")
     group.add_argument("--pd-roles", choices=("elastic", "strict"))
     group.add_argument("--itl-slo-ms", type=float, metavar="MS")
+    group.add_argument("--lend-sms", type=split_counts, metavar="D:P", help="of the decode card: decode, prompts")
     group.add_argument("--num-kvcache-blocks", type=block_counts, metavar="N[,N]", help="a card, or card 0,card 1")
     group.add_argument("--enforce-eager", action="store_true")
     group.add_argument("--attention-backend", choices=("auto", "flash_attn", "triton", "torch"), default="auto")

@@ -28,16 +28,22 @@ from bench_report import Stats
 from bench_workloads import Rate
 
 BASELINE = "two-replicas"
-ROLES = {"pd": "elastic", "pd-strict": "strict"}
-MODES = ("one", BASELINE, *ROLES)
+LEND_SMS = (60, 72)  # of decode steps and of prompts, where no others are asked for
+TWO_CARDS: dict[str, dict[str, Any]] = {
+    "pd": {"pd_roles": "elastic"},
+    "pd-strict": {"pd_roles": "strict"},
+    "pd-lending": {"pd_roles": "elastic", "lend_sms": LEND_SMS},
+}
+MODES = ("one", BASELINE, *TWO_CARDS)
 TTFT_SLACK = 1.2  # what another mode's TTFT may be of the baseline's, too
 ALL_AT_ONCE = Rate.parse("inf")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What to compare. `options`: keywords of `LLM` for every mode; one-card modes take `max_num_batched_tokens` from
-    `budgets`. `device_ids`: the two cards. `warm_up_tokens`: of a prompt; None: no warm-up.
+    """What to compare. `options`: keywords of `LLM` for every mode, but `lend_sms` is "pd-lending"'s alone; one-card
+    modes take `max_num_batched_tokens` from `budgets`. `device_ids`: the two cards. `warm_up_tokens`: of a prompt;
+    None: no warm-up.
     """
 
     folder: str
@@ -52,16 +58,18 @@ class Comparison:
     def engines(self, mode: str, budget: int | None) -> list[dict[str, Any]]:
         """Keywords of each engine of a mode."""
         first, second = self.device_ids
-        if mode in ROLES:
+        options = {name: value for name, value in self.options.items() if name != "lend_sms"}
+        if mode in TWO_CARDS:
             cards = {"enable_two_gpu_pd": True, "prefill_device_id": first, "decode_device_id": second}
-            return [self.options | cards | {"pd_roles": ROLES[mode]}]
-        single = self.options | {"enable_two_gpu_pd": False, "max_num_batched_tokens": budget}
+            asked = {name: self.options.get(name, value) for name, value in TWO_CARDS[mode].items()}
+            return [options | cards | asked]
+        single = options | {"enable_two_gpu_pd": False, "max_num_batched_tokens": budget}
         single["enable_decode_pipeline"] = False  # it divides a card that only decodes
         ids = (first, second) if mode == BASELINE else (first,)
         return [single | {"prefill_device_id": card} for card in ids]
 
     def budgets_of(self, mode: str) -> Sequence[int | None]:
-        return (None,) if mode in ROLES else self.budgets
+        return (None,) if mode in TWO_CARDS else self.budgets
 
 
 def compare(plan: Comparison) -> Stats:

@@ -37,7 +37,7 @@ def split_counts(text: str) -> tuple[int, int]:
     """\"44:88\"."""
     attention, separator, ffn = text.partition(":")
     if not (separator and attention.isdigit() and ffn.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not ATTENTION:FFN, for example 44:88")
+        raise argparse.ArgumentTypeError(f"{text!r} is not two counts of SMs, for example 44:88")
     return int(attention), int(ffn)
 
 

@@ -1,6 +1,6 @@
 """What a scheduling policy gives under load: the real plan over cards whose steps only take time, on a virtual clock.
 
-    python tools/simulate_load.py --rates 29.4,37.8,inf --modes elastic,strict,one
+    python tools/simulate_load.py --rates 29.4,37.8,inf --modes elastic,lending,strict,replica
 
 Step times follow a cost model of Qwen3-8B on an H200 (`Cost`), fitted to measured steps; the host costs nothing. So
 the figures compare policies and predict what a run may show; they are no measurement. Needs no GPU, and runs about as
@@ -33,6 +33,14 @@ GEMM_MS = ((0, 3.5), (64, 4.0), (128, 4.6), (256, 5.9), (512, 9.8), (1024, 18.5)
 KV_BYTES_PER_TOKEN = 147_456
 READ_BYTES_PER_MS, COPY_BYTES_PER_MS = 4.1e9, 3.3e8
 LAUNCH_MS = 9.0  # of a step that is no graph
+DECODE_SHARE, PROMPTS_SHARE = 0.577, 0.568  # of the whole card's rate, on 60 SMs beside 72 (docs/benchmarks.md)
+
+
+ROLES: dict[str, dict[str, Any]] = {
+    "elastic": {"pd_roles": "elastic"},
+    "lending": {"pd_roles": "elastic", "lend_sms": (60, 72)},
+    "strict": {"pd_roles": "strict"},
+}
 
 
 class Cost:
@@ -54,6 +62,10 @@ class Cost:
         taken = interpolate(GEMM_MS, tokens + rows) + 4 * 36 * 4096 * pairs / 4e11 + tokens * 0.0025 + rows * 0.003
         if decode:
             taken += 1.1 + self._context_tokens(decode) * KV_BYTES_PER_TOKEN / READ_BYTES_PER_MS
+        if decode and decode.beside_lent:
+            return taken / DECODE_SHARE
+        if prefill and prefill.lent:
+            return taken / PROMPTS_SHARE
         return taken if decode and tokens <= 1024 + 8 else max(taken, LAUNCH_MS)
 
     def _context_tokens(self, shard: DecodeShard) -> int:
@@ -80,7 +92,7 @@ class VirtualCards(Executor):
         self._ends: list[tuple[float, int, Job]] = []
         self._step_ends: dict[tuple[int, int], float] = {}
         self._order = itertools.count()
-        self.mixed_steps = self.steps = 0
+        self.mixed_steps = self.lent_steps = self.steps = 0
 
     def launch(self, shard: Shard) -> None:
         self.num_in_flight += 1
@@ -89,8 +101,10 @@ class VirtualCards(Executor):
             queue: Any = (shard.src, shard.dst)
             after = self._step_ends.get((shard.src, shard.after_step), 0.0)
         else:
-            queue = shard.card
+            lent = isinstance(shard, PrefillShard) and shard.lent
+            queue = (shard.card, "lent") if lent else shard.card
             self.steps += 1
+            self.lent_steps += lent
             self.mixed_steps += isinstance(shard, MixedShard)
             job.result = StepResult([7] * num_rows(shard))
         taken = self.cost.ms(shard)
@@ -129,9 +143,10 @@ class Load(NamedTuple):
 
 def simulate(config: Config, num_blocks: tuple[int, ...], load: Load, every: int = 1) -> dict[str, Any]:
     """Run one engine over a load; `every`: it takes each so-many-th request, as one of so many replicas would."""
+    lends = config.lend_sms is not None
     rng = random.Random(0)
     cards = VirtualCards(Cost(config.kvcache_block_size))
-    scheduler, queue = Scheduler(config, num_blocks), OutputQueue()
+    scheduler, queue = Scheduler(config, num_blocks, lends=lends), OutputQueue()
     engine = LLMEngine(config, scheduler, lambda wake: cards)
     params = SamplingParams(ignore_eos=True, max_tokens=load.output_tokens)
     arrivals, at = [], 0.0
@@ -169,6 +184,7 @@ def figures(arrivals: list[float], times: list[list[float]], scheduler: Schedule
         "itl": cuts(gaps),
         "max_gap": max(gaps),
         "mixed": cards.mixed_steps / cards.steps,
+        "lent": cards.lent_steps / cards.steps,
     } | counts
 
 
@@ -188,19 +204,19 @@ def main() -> None:
     parser.add_argument("--set", default="", help="more of the configuration: name=value,…")
     args = parser.parse_args()
     more = {name: eval_number(value) for name, value in (item.split("=") for item in args.set.split(",") if item)}
-    print("mode      rate   tok/s  TTFT p50/p90/p99        ITL p50/p90/p99     max gap  mixed")
+    print("mode      rate   tok/s  TTFT p50/p90/p99        ITL p50/p90/p99     max gap  mixed   lent")
     for rate, mode in itertools.product(args.rates.split(","), args.modes.split(",")):
         load = Load(float(rate), args.num_prompts, args.input_len, args.output_len)
-        two = mode in ("elastic", "strict")
+        two = mode in ROLES
         options = {"enable_two_gpu_pd": two, "enable_prefix_caching": False} | more
-        options |= {"pd_roles": mode} if two else {"max_num_batched_tokens": args.budget}
+        options |= ROLES[mode] if two else {"max_num_batched_tokens": args.budget}
         config = Config.from_kwargs("none", options)
         row = simulate(config, (11_000,) * (2 if two else 1), load, every=1 if two else 2)
         scale = 1 if two else 2
         print(
             f"{mode:8} {rate:>5} {scale * row['out_tok_s']:7.0f}  "
             + "  ".join("/".join(f"{x:6.1f}" for x in row[name]) for name in ("ttft", "itl"))
-            + f" {row['max_gap']:8.1f} {row['mixed']:6.1%}  "
+            + f" {row['max_gap']:8.1f} {row['mixed']:6.1%} {row['lent']:6.1%}  "
             + ", ".join(f"{name} {row[name]}" for name in ("helped", "hand_offs", "evacuations", "pauses")),
             flush=True,
         )

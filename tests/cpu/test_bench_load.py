@@ -8,6 +8,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -318,6 +319,11 @@ def test_engines_of_the_modes() -> None:
     pair = {"max_num_seqs": 8, "enable_two_gpu_pd": True, "prefill_device_id": 2, "decode_device_id": 5}
     assert plan.engines("pd", None) == [pair | {"pd_roles": "elastic"}]
     assert plan.engines("pd-strict", None) == [pair | {"pd_roles": "strict"}]
+    assert plan.engines("pd-lending", None) == [pair | {"pd_roles": "elastic", "lend_sms": (60, 72)}]
+    asked = replace(plan, options=plan.options | {"lend_sms": (68, 64)})
+    assert asked.engines("pd-lending", None) == [pair | {"pd_roles": "elastic", "lend_sms": (68, 64)}]
+    assert asked.engines("pd", None) == plan.engines("pd", None)
+    assert asked.engines("one", 512) == plan.engines("one", 512)
 
 
 # -- end to end
