@@ -88,12 +88,12 @@ def steps_of(before: Stats, after: Stats, seconds: float) -> Stats:
 
 
 def host_figures(before: Stats, after: Stats) -> dict[str, float]:
-    """Milliseconds of the host for each step of any card: of the engine loop, and of launching. Other threads may run
-    in between, and the cards run all the while."""
+    """Milliseconds of the host for each step of any card: of the engine loop, of that on a CPU, and of launching. Other
+    threads may run in between, and the cards run all the while."""
     cards = [name for name in after if name.startswith("card") and "decode_steps" in after[name]]
     kinds = ("prefill_steps", "decode_steps", "mixed_steps")
     steps = sum(after[card][kind] - before[card][kind] for card in cards for kind in kinds)
-    parts = {"loop_ms": "loop_seconds", "launch_ms": "launch_seconds"}
+    parts = {"loop_ms": "loop_seconds", "loop_cpu_ms": "loop_cpu_seconds", "launch_ms": "launch_seconds"}
     return {name: round((after[key] - before[key]) / max(1, steps) * 1e3, 4) for name, key in parts.items()}
 
 

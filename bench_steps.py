@@ -204,7 +204,8 @@ def step_lines(figures: dict[str, Any]) -> list[tuple[str, str]]:
             f"decode {row['case']}",
             f"{row['step_ms']:.3f} ms a step, {row['spread_ms'][0]:.3f} to {row['spread_ms'][1]:.3f}; floor "
             f"{row['floor_ms']:.3f} ms ({row['share_of_floor']:.0%}), MBU {row['mbu']:.0%}, MFU {row['mfu']:.0%}; host "
-            f"{row['host']['loop_ms']:.3f} + {row['host']['launch_ms']:.3f} ms"
+            f"{row['host']['loop_ms']:.3f} ({row['host']['loop_cpu_ms']:.3f} of CPU) + "
+            f"{row['host']['launch_ms']:.3f} ms"
             + (pipeline_line(row) if "pipeline_ms" in row else "")
             + (
                 f"; from token to token {row['alone_ms']:.3f} ms, {row['beside_python_ms']:.3f} beside a Python thread"

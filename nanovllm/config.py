@@ -29,8 +29,8 @@ class Config:
     `device="cpu"`: the device ids name in-process cards, each with its own weights and KV pool.
     `num_kvcache_blocks`: one number for every card, or (card 0, card 1); None sizes each card's pool from
     its own memory. `decode_backlog_high/low`: sequences prefilled but not yet decoding at which prefill pauses
-    and resumes (None: half of `max_num_seqs`, and half of that). `run_ahead`: decode steps launched beyond the
-    one whose result the host is waiting for (None: one where a step takes 5 ms or more, else two).
+    and resumes (None: half of `max_num_seqs`, with strict roles a 32nd, and half of that). `run_ahead`: decode steps
+    launched beyond the one whose result the host is waiting for (None: one where a step takes 5 ms or more, else two).
     `max_num_batched_tokens`: of a step; on one card, of prompts and decode rows together.
     `pd_roles`: "strict" cards prefill or decode; "elastic" ones help each other out. `itl_slo_ms`: what a decode step
     of card 1 may take for it to take a prompt too (None: twice what it takes without); elastic roles only.
@@ -198,8 +198,12 @@ class Config:
 
     @property
     def backlog_high(self) -> int:
-        """Sequences prefilled but not yet decoding at which prefill pauses."""
-        return max(2, self.max_num_seqs // 2) if self.decode_backlog_high is None else self.decode_backlog_high
+        """Sequences prefilled but not yet decoding at which prefill pauses. With strict roles they have nowhere to go:
+        few are let in, so that under overload prompts wait, not sequences that have begun to answer."""
+        if self.decode_backlog_high is not None:
+            return self.decode_backlog_high
+        strict = self.enable_two_gpu_pd and self.pd_roles == "strict"
+        return max(2, self.max_num_seqs // (32 if strict else 2))
 
     @property
     def backlog_low(self) -> int:

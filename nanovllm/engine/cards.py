@@ -171,15 +171,13 @@ def pipeline_options(config: Config) -> PipelineOptions:
 def capture(runner: ModelRunner, card: int, config: Config) -> None:
     """The steps that a card of the configured roles takes."""
     most = config.max_num_batched_tokens
-    # FlashAttention's prefill sizes its launches, and the tables it reads, by the lengths of a step on the host.
-    captures_prompts = runner.model.attention.name == "triton"
     if decodes(config, card):
         runner.capture()
         if config.lend_sms is not None and card == 1:
             runner.start_lending(config.lend_sms, most)
-        if captures_prompts and mixes(config) and not runner.lends:
+        if mixes(config) and not runner.lends:
             runner.capture_mixed(most)
-    if captures_prompts and card == 0:
+    if card == 0:
         runner.capture_prefill(most)
 
 

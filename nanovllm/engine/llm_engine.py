@@ -153,7 +153,7 @@ class LLMEngine:
 
     def step(self) -> bool:
         """One iteration. True if anything happened."""
-        trace, begin_s = self.trace, time.perf_counter()
+        trace, begin_s, begin_cpu_s = self.trace, time.perf_counter(), time.thread_time()
         messages = self._take_inbox()
         jobs = self.executor.poll()
         for job in jobs:
@@ -164,6 +164,7 @@ class LLMEngine:
         happened = bool(messages or jobs or shards)
         if happened:
             self.metrics.loop_seconds += time.perf_counter() - begin_s
+            self.metrics.loop_cpu_seconds += time.thread_time() - begin_cpu_s
             if trace is not None:
                 trace.add_iteration(begin_s, messages, len(jobs), len(shards))
         return happened

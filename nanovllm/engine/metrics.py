@@ -197,6 +197,7 @@ class EngineMetrics:
     exposed_copy_ms: Histogram = field(default_factory=Histogram)
     sampled_tokens: int = 0
     loop_seconds: float = 0.0  # of the engine loop, over iterations in which something happened
+    loop_cpu_seconds: float = 0.0  # of these, on a CPU: the others went to threads that held the interpreter
     launch_seconds: float = 0.0  # of the workers, until a shard was on its way to its card
 
     def __post_init__(self) -> None:
@@ -228,7 +229,7 @@ class EngineMetrics:
         uptime = time.perf_counter() - self.started
         per_card = {f"card{i}": card.as_dict(uptime) for i, card in enumerate(self.cards)}
         routes = {f"{src}to{dst}": asdict(copies) for (src, dst), copies in list(self.copies_by_route.items())}
-        names = ("sampled_tokens", "loop_seconds", "launch_seconds")
+        names = ("sampled_tokens", "loop_seconds", "loop_cpu_seconds", "launch_seconds")
         counters = {name: getattr(self, name) for name in names} | asdict(self.all_copies)
         counters |= {"exposed_copy_ms": self.exposed_copy_ms.as_dict(), "requests": self.requests.as_dict()}
         return counters | {"copies_by_route": routes, "errors": dict(self.errors)} | per_card

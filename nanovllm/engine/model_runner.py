@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 
 RESULT_BUFFERS = 16  # more than a card has steps in flight; each of as many rows as a mixed step may have
 PACE_TOKENS = 2048  # of the prompt whose pace is measured at start-up
+WARM_PARAMS = (  # what loads kernels of its own at its first use
+    SamplingParams(),
+    SamplingParams(top_k=2, top_p=0.5),
+    SamplingParams(repetition_penalty=2.0),
+    SamplingParams(logprobs=1),
+)
 
 
 class ModelRunner:
@@ -229,7 +235,7 @@ class ModelRunner:
         return None if self.lending is None else self.lending.split.granted
 
     def warm_up(self) -> None:
-        """Compile what prefill launches: few tokens, and many, and every kind of sampler, into the null block."""
+        """Compile what prefill launches: few tokens, and many, and every kind of answer, into the null block."""
         for number, count in enumerate((1, 2, 4, 8, 16, 32, 64, 96, 128, 256)):  # few rows have kernels of their own
             self._warm_prefill([min(count, self.max_model_len)], number)
 
@@ -264,8 +270,9 @@ class ModelRunner:
     def _warm_prefill(self, lengths: list[int], kind: int = 0, lent: bool = False) -> float | None:
         """A step of prompts that nobody asked for; its device seconds. From a single one two tokens are drawn, from
         each of many one."""
-        kinds = SamplingParams(), SamplingParams(top_k=2, top_p=0.5), SamplingParams(repetition_penalty=2.0)
-        rows = (SamplingRow(kinds[kind % 3], seed=0, position=0),) * (2 if len(lengths) == 1 else 1)
+        rows = (SamplingRow(WARM_PARAMS[kind % len(WARM_PARAMS)], seed=0, position=0),) * (
+            2 if len(lengths) == 1 else 1
+        )
         null = self.kv_cache.null_block
         chunks = [PrefillChunk((0,) * n, 0, (null,) * -(-n // self.block_size), rows) for n in lengths]
         handle = self.run_prefill(PrefillShard(0, 0, tuple(chunks), lent))

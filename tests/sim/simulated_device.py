@@ -25,6 +25,7 @@ VOCABULARY = 50
 EOS = 0
 POISON = ("poison", -1)
 TORN = ("torn", -2)
+JUNK_ID = -7  # no token: whoever takes it for one is found out
 
 
 class CorruptKV(AssertionError):
@@ -70,6 +71,9 @@ class Slot:
     table: list[int]
     seed: int
     position: int
+    end_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    alive: bool = True  # until it has drawn an end id: from then on it writes nothing, and what it returns is nobody's
 
 
 class Card:
@@ -209,23 +213,34 @@ class SimulatedExecutor(Executor):
         for entry in shard.entries:
             row = entry.sampling
             card.slots[entry.slot] = Slot(
-                entry.last_token, entry.num_kv_tokens, list(entry.block_table), row.seed, row.position
+                entry.last_token,
+                entry.num_kv_tokens,
+                list(entry.block_table),
+                row.seed,
+                row.position,
+                entry.end_ids,
+                row.params.min_tokens,
             )
         for new in shard.new_blocks:
             assert len(card.slots[new.slot].table) == new.column, "a block was told out of order"
             card.slots[new.slot].table.append(new.block)
-        for slot in shard.slots:
-            card.read_context(card.slots[slot].table, card.slots[slot].length)
+        for slot in (card.slots[index] for index in shard.slots):
+            if slot.alive:
+                card.read_context(slot.table, slot.length)
 
     def _decode_end(self, shard: DecodeShard) -> list[int]:
         card, ids = self.cards[shard.card], []
         for index in shard.slots:
             slot = card.slots[index]
+            if not slot.alive:
+                ids.append(JUNK_ID)
+                continue
             value = card.read_context(slot.table, slot.length)
             value = card.write(slot.table, slot.length, value, slot.token)
             slot.token = next_token(value, slot.seed, slot.position)
             slot.length += 1
             slot.position += 1
+            slot.alive = slot.token not in slot.end_ids or slot.position < slot.min_tokens
             ids.append(slot.token)
         return ids
 

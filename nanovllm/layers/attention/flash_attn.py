@@ -48,6 +48,8 @@ class FlashAttention(AttentionBackend):
     def prefill(
         self, q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: PrefillMetadata, out: Tensor | None = None
     ) -> Tensor:
+        if not meta.host_query_lens:  # a captured step: its lengths are on the card alone, FA3's launches follow them
+            return self.fallback.prefill(q_THD, k_pages, v_pages, meta, out)
         if self.fa3 is not None:
             return _put(self._fa3_prefill(self.fa3, q_THD, k_pages, v_pages, meta), out)
         if self.fa2 is not None and meta.host_query_lens == meta.host_context_lens:
