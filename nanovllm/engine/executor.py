@@ -237,3 +237,4 @@ class ThreadedExecutor(Executor):
     def close(self) -> None:
         for worker in (*self._cards.values(), *self._lent.values(), *self._links.values()):
             worker.close()
+        self._completed.clear()  # results that nobody will take, and with them the buffers that they would be read from
