@@ -100,14 +100,11 @@ class Lending:
             self.prefill_graphs.rehearse()
 
     def close(self) -> None:
-        """Drop the graphs, then the partitions. No step may run any more.
-
-        Pinned buffers go before their stream: torch asks that, when they go, whether it has done with them.
-        """
+        """Drop the graphs, then the partitions. No step may run any more; each handle of one has been waited for."""
         torch.cuda.synchronize(self._decode.slots.device)
         self._graphs = {}
         self.prefill_graphs.close()
-        self.pinned_ids = PinnedIds(0, 0)
+        self.pinned_ids.clear()
         self._manager.close()
 
 

@@ -29,7 +29,7 @@ class StepHandle:
         pinned: PinnedIds | None = None,
     ) -> None:
         self._wanted, self._num_rows, self._pinned = wanted, len(token_ids), pinned
-        self._ids = token_ids if pinned is None else pinned.fetch(token_ids)
+        self._ids: Tensor | None = token_ids if pinned is None else pinned.fetch(token_ids)
         self._logprobs = [_to_host(tensor) for tensor in logprobs]
         self._result: StepResult | None = None
         self.start = start
@@ -59,9 +59,11 @@ class StepHandle:
             self.event.synchronize()
         if self._result is None:  # once: then the ids' buffer is another step's
             self._result = self._read()
+            self._ids, self._logprobs = None, []  # pinned memory must go before the stream that wrote it does
         return self._result
 
     def _read(self) -> StepResult:
+        assert self._ids is not None, "read twice"
         ids = self._ids.tolist() if self._pinned is None else self._pinned.read(self._ids, self._num_rows)
         if self._watcher is not None:
             self._watcher(ids)

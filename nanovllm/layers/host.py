@@ -93,3 +93,7 @@ class PinnedIds:
         if len(buffer) == self.max_rows:
             self._free.append(buffer)
         return ids
+
+    def clear(self) -> None:
+        """Free the buffers, before the stream of their copies goes: torch asks it, when they go, whether it is done."""
+        self._free.clear()

@@ -16,8 +16,8 @@ from nanovllm.kernels.silu_mul import silu_mul  # noqa: E402
 from tests.cpu.compile_check import assert_fits, compile_launches  # noqa: E402
 
 MODULES = ("paged_decode", "qk_norm_rope_store", "rms_norm", "silu_mul")
-# Its weight, which no kernel writes; tables, lengths and order, whose kernel has ended before the embedding begins, which
-# is launched as usual.
+# Its weight, which no kernel writes; tables, lengths and order: whose kernel has ended before the embedding begins,
+# which is launched as usual.
 READS_EARLY = ("_add_rms_norm_kernel", "_decode_kernel")
 
 

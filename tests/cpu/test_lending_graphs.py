@@ -71,6 +71,7 @@ class FakeCard:
 
     def _close(self) -> None:
         self.closed += 1
+        self.log.append("closed")
 
     @contextmanager
     def stream(self, stream: FakeStream) -> Iterator[None]:
@@ -115,7 +116,10 @@ def card(no_card: None, monkeypatch: pytest.MonkeyPatch) -> FakeCard:
     monkeypatch.setattr(torch.cuda, "stream", card.stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: card.current)
     monkeypatch.setattr(lending, "_free_bytes", lambda device: 0)
-    monkeypatch.setattr(lending, "PinnedIds", lambda *sizes: None)
+    buffers = SimpleNamespace(
+        fetch=lambda ids: ids, read=lambda ids, rows: ids.tolist(), clear=lambda: card.log.append("buffers freed")
+    )
+    monkeypatch.setattr(lending, "PinnedIds", lambda *sizes: buffers)
     monkeypatch.setattr(lending, "LENT_BUCKETS", (2, 4))
     monkeypatch.setattr("nanovllm.engine.step_sizes.LENT_TOKENS", (8, 20))
     return card
@@ -193,6 +197,7 @@ def test_closing_gives_the_partitions_back(model: Qwen3ForCausalLM, card: FakeCa
     for _ in range(2):
         runner.close_pipeline()
     assert card.closed == 1 and runner.lending is None
+    assert card.log[-2:] == ["buffers freed", "closed"], "pinned memory asks its stream, which must still be there"
 
 
 # -- falling back
