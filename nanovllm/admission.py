@@ -120,8 +120,8 @@ def _check_length(prompt: int, max_tokens: int, limits: Limits) -> None:
 def _check_siblings(prompt: int, params: SamplingParams, limits: Limits) -> None:
     """n answers share the prompt's full blocks and need a block each besides, all at once."""
     needed = prompt // limits.block_size + params.n
-    if needed > limits.pool_blocks[-1]:
+    if needed > min(limits.pool_blocks):  # either card may have to go on alone
         raise ValueError(
             f"n={params.n} answers to a prompt of {prompt} tokens need {needed} blocks at once; "
-            f"the pool has {limits.pool_blocks[-1]}"
+            f"the smaller pool has {min(limits.pool_blocks)}"
         )

@@ -19,6 +19,7 @@ DECODE_PIPELINES = ("auto", "static", "disabled")
 MOST_SMS = 1 << 10  # more than any card has; the card itself checks what fits
 MOST_MS = 10**9
 MAX_RUN_AHEAD = 4
+MOST_HANG_S = 86_400
 DEFAULT_RUN_AHEAD = 2
 
 
@@ -42,6 +43,8 @@ class Config:
     `decode_attention_sm`, `decode_ffn_sm`: SMs of the split, the only one then (None: the rest of the card, or half of
     it each; with "auto" a few splits are tried). `disable_green`: touch no SM partition. `decode_pipeline_profiling`:
     time the stages now and then. `pipeline_debug`: log every decode step.
+    `hang_limit_s`: with `overlap`, seconds for which a card or a link may have work and finish none of it; then the
+    engine closes.
     """
 
     model: str
@@ -72,6 +75,7 @@ class Config:
     pipeline_debug: bool = False
     enable_prefix_caching: bool = True
     overlap: bool = True
+    hang_limit_s: float = 60.0
     run_ahead: int | None = None
     decode_backlog_high: int | None = None
     decode_backlog_low: int | None = None
@@ -134,6 +138,10 @@ class Config:
         is_number = isinstance(slo_ms, (int, float)) and not isinstance(slo_ms, bool)
         if slo_ms is not None and not (is_number and 0 < slo_ms <= MOST_MS):
             raise ValueError(f"itl_slo_ms={shown(slo_ms)} must be None or milliseconds above 0, at most {MOST_MS}")
+        if not _is_positive(self.hang_limit_s) or self.hang_limit_s > MOST_HANG_S:
+            raise ValueError(
+                f"hang_limit_s={shown(self.hang_limit_s)} must be a number of seconds above 0, at most {MOST_HANG_S}"
+            )
         for count in self._block_counts():
             _integer("num_kvcache_blocks", count, 2, 1 << 31)
         for name in ("decode_backlog_high", "decode_backlog_low"):
@@ -219,6 +227,10 @@ class Config:
 def _one_of(name: str, value: object, allowed: tuple[Any, ...]) -> None:
     if isinstance(value, bool) or not isinstance(value, type(allowed[0])) or value not in allowed:
         raise ValueError(f"{name}={shown(value)} must be one of {', '.join(map(str, allowed))}")
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 def _integer(name: str, value: object, low: int, high: int) -> None:

@@ -216,7 +216,8 @@ class LLM:
         if self._metrics_server is not None:
             self._metrics_server.close()
         self._finalizer()
-        self.decode_runner.close_pipeline()
+        if not self._engine.hung:  # else this would wait for the card that hangs
+            self.decode_runner.close_pipeline()
 
     def __enter__(self) -> LLM:
         return self

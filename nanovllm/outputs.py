@@ -20,13 +20,17 @@ class Logprob:
 
 
 class CompletionOutput:
-    """One answer. `token_ids` includes the id that stopped it; `text` does not (unless the caller asked for it)."""
+    """One answer. `token_ids` includes the id that stopped it; `text` does not (unless the caller asked for it).
+
+    `finish_reason`: "stop", "length", "abort", or "error": then `error` says why, and what came before it is here.
+    """
 
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer) -> None:
         self.index = sequence.index
         num_settled = sequence.num_settled_outputs  # read before the reason: it may not count a token that ends it
         self.finish_reason = sequence.finish_reason  # read before the rest: that is complete if it is set
         self.stop_reason = sequence.stop_reason if self.finish_reason else None
+        self.error = sequence.error if self.finish_reason == "error" else None
         self._sequence = sequence
         self._tokenizer = tokenizer
         self._num_tokens = sequence.num_output_tokens if self.finish_reason else num_settled
@@ -120,6 +124,8 @@ class RequestOutput:
         self.outputs = [CompletionOutput(sequence, tokenizer) for sequence in request.sequences]
         self.finished = all(output.finish_reason is not None for output in self.outputs)
         self.num_cached_tokens = request.num_cached_tokens
+        # Why, where a `finish_reason` is "error"; else None.
+        self.error = next((o.error for o in self.outputs if o.error is not None), None)
         self._request = request
         self._num_tokens = len(self.outputs[0].token_ids)
 

@@ -75,7 +75,7 @@ class BlockManager:
     def __init__(self, num_blocks: int, block_size: int, keep_cached: bool) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._keep_cached = keep_cached
+        self.keep_cached = keep_cached
         self._free = FreeList(num_blocks)
         self._refs = [0] * num_blocks
         self._hashes: list[BlockHash | None] = [None] * num_blocks
@@ -124,7 +124,7 @@ class BlockManager:
         self._refs[block] -= 1
         if self._refs[block]:
             return
-        if not self._keep_cached:
+        if not self.keep_cached:
             self._forget(block)
         if self._hashes[block] is None:
             self._free.appendleft(block)

@@ -18,6 +18,9 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillShard, Shard, StepResult
+from nanovllm.engine.watchdog import Progress
+
+CLOSE_LIMIT_S = 60.0  # for all workers together
 
 
 class Handle(Protocol):
@@ -79,8 +82,12 @@ class Executor(ABC):
         self.num_in_flight -= len(jobs)
         return jobs
 
-    def close(self) -> None:
-        """Stop the workers once they have run what they were given. Safe to call twice."""
+    def progress(self) -> dict[str, Progress]:
+        """Of every worker. Where there is none, whoever launches runs the shard."""
+        return {}
+
+    def close(self, limit_s: float = CLOSE_LIMIT_S) -> None:
+        """Stop the workers once they have run what they were given; waits that long, at most. Safe to call twice."""
         return None  # nothing to stop where there are no workers
 
 
@@ -136,6 +143,7 @@ class Worker:
     def __init__(self, name: str, launch: Callable[[Job], Handle], completed: Callable[[Job], None]) -> None:
         self._launch = launch
         self._complete = completed
+        self._num_given = self._num_done = 0
         self._inbox: SimpleQueue[Job | None] = SimpleQueue()
         self._in_flight: SimpleQueue[Job | None] = SimpleQueue()
         self._threads = [
@@ -146,19 +154,29 @@ class Worker:
             thread.start()
 
     def put(self, job: Job) -> None:
+        self._num_given += 1
         self._inbox.put(job)
 
-    def close(self) -> None:
+    @property
+    def progress(self) -> Progress:
+        return Progress(self._num_given, self._num_done)
+
+    def end(self) -> None:
+        """Its threads end when everything given so far has run."""
         self._inbox.put(None)
+
+    def join(self, limit_s: float) -> None:
+        """Wait for its threads to end, for so long at most."""
+        until_s = time.perf_counter() + limit_s
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join(timeout=60)
+                thread.join(max(0.0, until_s - time.perf_counter()))
 
     def _launch_loop(self) -> None:
         while (job := self._inbox.get()) is not None:
             try:
                 job.handle = self._launch(job)
-            except Exception as error:
+            except BaseException as error:  # whatever it is: without this thread the engine would wait for ever
                 job.error = error
             job.launched.set()
             self._in_flight.put(job)
@@ -172,11 +190,12 @@ class Worker:
                     job.result = job.handle.wait()
                     _measure(job, before)
                     before = job
-            except Exception as error:
+            except BaseException as error:
                 job.error = error
             if job.after is not None:
                 job.after.done.wait()  # the plan sees a step before the copies that follow it
                 job.error = job.error or job.after.error  # what a failed step wrote is nothing to copy
+            self._num_done += 1
             self._complete(job)
             job.done.set()
 
@@ -234,7 +253,17 @@ class ThreadedExecutor(Executor):
         self._completed.append(job)
         self._notify()
 
-    def close(self) -> None:
-        for worker in (*self._cards.values(), *self._lent.values(), *self._links.values()):
-            worker.close()
+    def progress(self) -> dict[str, Progress]:
+        cards = {f"card {card}": worker.progress for card, worker in self._cards.items()}
+        lent = {f"lent steps of card {card}": worker.progress for card, worker in self._lent.items()}
+        links = {f"copies from card {card}": worker.progress for card, worker in self._links.items()}
+        return cards | lent | links
+
+    def close(self, limit_s: float = CLOSE_LIMIT_S) -> None:
+        workers = *self._cards.values(), *self._lent.values(), *self._links.values()
+        until_s = time.perf_counter() + limit_s
+        for worker in workers:
+            worker.end()
+        for worker in workers:
+            worker.join(max(0.0, until_s - time.perf_counter()))
         self._completed.clear()  # results that nobody will take, and with them the buffers that they would be read from

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from nanovllm.engine.block_manager import BlockHash, BlockManager
 from nanovllm.engine.sequence import PrefillGroup, Sequence
@@ -24,6 +25,7 @@ class PendingCopy:
     shard: CopyShard
     target_versions: tuple[int, ...]
     done: Callable[[], None]
+    failed: Callable[[], None]
     lease: SequenceLease | None  # held for the copy's own sake (write-back); None: a sequence holds its own
     num_freed_blocks: int  # of the card it leaves, once it has ended
 
@@ -42,6 +44,7 @@ class Handoff:
         self.block_size = managers[prefill].block_size
         self.pending: dict[int, PendingCopy] = {}
         self.outbox: list[CopyShard] = []
+        self.orphans: set[int] = set()  # of `pending`: from or to a lost card, what they bring counts no more
         self._num_copies = 0
 
     def num_coming_blocks(self, card: int) -> int:
@@ -73,15 +76,17 @@ class Handoff:
         pairs: list[tuple[int, int]],
         after_step: int,
         done: Callable[[], None],
+        failed: Callable[[], None] = lambda: None,
         lease: SequenceLease | None = None,
         num_freed_blocks: int = 0,
     ) -> None:
-        """Launch a copy of whole blocks; `done` runs when it has completed, before it lets go of its blocks."""
+        """Launch a copy of whole blocks; `done` runs when it has completed, `failed` if it was given up, before it lets
+        go of its blocks."""
         self._num_copies += 1
         shard = CopyShard(self._num_copies, src, dst, tuple(pairs), after_step)
         hold_copy(self.managers, shard)
         versions = tuple(self.managers[dst].version(target) for _, target in pairs)
-        self.pending[shard.copy] = PendingCopy(shard, versions, done, lease, num_freed_blocks)
+        self.pending[shard.copy] = PendingCopy(shard, versions, done, failed, lease, num_freed_blocks)
         self.outbox.append(shard)
 
     def copy_done(self, shard: CopyShard) -> None:
@@ -92,6 +97,18 @@ class Handoff:
             assert versions == copy.target_versions, f"copy {number}: a target block changed hands in flight"
             copy.done()
             drop_copy(self.managers, copy.shard)
+
+    def copy_failed(self, shard: CopyShard) -> None:
+        """Copies have drained, and their targets hold nothing: they own nothing any more either."""
+        for number in (shard.copy, *shard.also):
+            self.orphans.discard(number)
+            copy = self.pending.pop(number)
+            copy.failed()
+            drop_copy(self.managers, copy.shard)
+
+    def orphan(self, card: int) -> None:
+        """The card is lost: whatever is on its way from or to it has failed, once it has drained."""
+        self.orphans.update(number for number, copy in self.pending.items() if card in (copy.shard.src, copy.shard.dst))
 
     # -- prefill: both cards' blocks, then mirroring chunk by chunk
 
@@ -179,18 +196,24 @@ class Handoff:
             pairs += [(source[full], table[full]) for table in tables if table is not source]
         return pairs
 
-    def mirror(self, group: PrefillGroup, after_step: int, done: Callable[[], None]) -> None:
+    def mirror(
+        self,
+        group: PrefillGroup,
+        after_step: int,
+        done: Callable[[], None],
+        failed: Callable[[], None] = lambda: None,
+    ) -> None:
         """Hand the blocks of the chunk just launched to the decode card."""
         pairs = self.ensure_kv_resident(group)
         if not pairs:
             return
         group.copies_in_flight += 1
 
-        def finish() -> None:
+        def end(told: Callable[[], None]) -> None:
             group.copies_in_flight -= 1
-            done()
+            told()
 
-        self.handoff(*group.cards, pairs, after_step, finish)
+        self.handoff(*group.cards, pairs, after_step, partial(end, done), partial(end, failed))
 
     def register_prefilled(self, group: PrefillGroup, num_tokens: int) -> None:
         """The prefill card has written the leader's first `num_tokens`: their full blocks can be found from now on."""
@@ -213,11 +236,12 @@ class Handoff:
         reserve_blocks: int,
         after_step: int,
         done: Callable[[], None],
+        failed: Callable[[], None] = lambda: None,
     ) -> bool:
         """Start moving a sequence to card `dst`, where it takes blocks for `num_tokens`; False if there is no room.
 
         `after_step`: the last step of its card that may still write its blocks. `done` runs when it has arrived,
-        unless it has finished meanwhile.
+        `failed` if that was given up; neither if it has let go of these blocks meanwhile.
         """
         lease = sequence.lease
         assert lease is not None
@@ -232,13 +256,17 @@ class Handoff:
         last = self._blocks_for(num_kv_tokens)
         pairs = list(zip(source[len(held) : last], target[len(held) : last], strict=True))
 
-        def finish() -> None:
-            if not sequence.finished:
+        def arrived() -> None:
+            if sequence.lease is lease:
                 lease.drop(src)
                 self._register(dst, sequence, num_kv_tokens // self.block_size)
                 done()
 
-        self.handoff(src, dst, pairs, after_step, finish, num_freed_blocks=len(source))
+        def lost() -> None:
+            if sequence.lease is lease:
+                failed()
+
+        self.handoff(src, dst, pairs, after_step, arrived, lost, num_freed_blocks=len(source))
         return True
 
     def write_back(self, sequence: Sequence, card: int) -> int | None:
@@ -274,7 +302,7 @@ class Handoff:
             lease.release()
 
         after_step = self.managers[self.decode].last_main_step
-        self.handoff(self.decode, self.prefill, pairs, after_step, finish, lease, len(pairs))
+        self.handoff(self.decode, self.prefill, pairs, after_step, finish, lease.release, lease, len(pairs))
         return num_fresh
 
     # -- small helpers

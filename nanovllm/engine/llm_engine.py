@@ -18,55 +18,21 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.config import Config
-from nanovllm.engine.executor import Executor, Job
+from nanovllm.engine.executor import CLOSE_LIMIT_S, Executor, Job
+from nanovllm.engine.faults import Faults, Verdict, describe, is_sticky
 from nanovllm.engine.metrics import EngineMetrics
+from nanovllm.engine.output_queue import EngineDeadError, OutputQueue
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Request, Sequence, append_sampled
+from nanovllm.engine.shards import NO_TOKEN
+from nanovllm.engine.watchdog import Watchdog
 
 if TYPE_CHECKING:  # it imports torch
     from nanovllm.engine.trace import TraceRecorder
 
 logger = logging.getLogger("nanovllm")
 
-
-class EngineDeadError(RuntimeError):
-    """The engine has failed or was closed; it answers no more requests. The cause is chained."""
-
-
-class OutputQueue:
-    """Requests that advanced, each at most once, in order. Written by the engine, read by one caller.
-
-    only_ends: their last step alone. Whoever wants whole answers need not be woken in each step, and keep the
-    interpreter from the engine for it.
-    """
-
-    def __init__(self, only_ends: bool = False) -> None:
-        self.only_ends = only_ends
-        self._condition = threading.Condition()
-        self._advanced: dict[Request, None] = {}
-        self._error: BaseException | None = None
-
-    def put(self, requests: Iterable[Request]) -> None:
-        with self._condition:
-            self._advanced.update(dict.fromkeys(requests))
-            self._condition.notify()
-
-    def fail(self, error: BaseException) -> None:
-        with self._condition:
-            self._error = error
-            self._condition.notify_all()
-
-    def __bool__(self) -> bool:
-        return bool(self._advanced)
-
-    def take(self, timeout_s: float | None) -> list[Request]:
-        """Everything that advanced since the last call; waits up to `timeout_s` for the first. Raises if failed."""
-        with self._condition:
-            self._condition.wait_for(lambda: self._advanced or self._error, timeout_s)
-            taken, self._advanced = list(self._advanced), {}
-            if self._error is not None and not taken:
-                raise EngineDeadError(f"the engine has stopped: {self._error}") from self._error
-            return taken
+HUNG_CLOSE_S = 1.0  # how long closing waits for workers of which one hangs
 
 
 class LLMEngine:
@@ -85,6 +51,11 @@ class LLMEngine:
         self._lock = threading.RLock()
         self._closing = False
         self._error: BaseException | None = None
+        self._uncollected: list[Job] = []  # completed, when an error ended the loop
+        self.hung = False  # a worker, or the loop itself: whoever waited for it would wait for ever
+        self.faults = Faults(len(scheduler.managers))
+        self._watchdog = Watchdog(config.hang_limit_s)
+        self._beat_s = time.perf_counter()  # when the loop last began an iteration
         self.executor = make_executor(self._wake.set)
         self.trace: TraceRecorder | None = None
         self.tracing = threading.Lock()  # held while a trace is on
@@ -120,11 +91,20 @@ class LLMEngine:
 
     def wait(self, queue: OutputQueue) -> list[Request]:
         """Requests that `queue` was told of; waits for at least one. Without an engine thread, runs the loop."""
-        if self._thread is not None:
-            return queue.take(None)
-        while not (advanced := queue.take(0)):
-            self._drive()
+        while not (advanced := queue.take(0 if self._thread is None else self.config.hang_limit_s)):
+            if self._thread is None:
+                self._drive()
+            else:
+                self._listen(queue)
         return advanced
+
+    def _listen(self, queue: OutputQueue) -> None:
+        """Nothing came for a while: the loop may have much to do, but it must go round. Looked at for long enough that
+        it would also do so where the whole process was stopped meanwhile."""
+        beat_s = self._beat_s
+        if not queue.wait(self.config.hang_limit_s) and self._beat_s == beat_s and self._error is None:
+            self.hung = True
+            self._die(TimeoutError(f"the engine loop has not gone round for {self.config.hang_limit_s:g} s"))
 
     def _drive(self) -> None:
         with self._lock, _interrupts_held():
@@ -143,21 +123,24 @@ class LLMEngine:
         """Stop the loop and the workers; callers that still wait get `EngineDeadError`. Safe to call twice."""
         self._closing = True
         self._wake.set()
+        limit_s = HUNG_CLOSE_S if self.hung else CLOSE_LIMIT_S
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout=60)
+            self._thread.join(limit_s)
         if self._error is None:
             self._die(EngineDeadError("closed"))
-        self.executor.close()  # last: it waits for what the cards run now, callers need not
+        self.executor.close(limit_s)  # last: it waits for what the cards run now, callers need not
+        if self._owns_plan:
+            self._forget_rest()
 
     # -- the loop, one thread
 
     def step(self) -> bool:
         """One iteration. True if anything happened."""
         trace, begin_s, begin_cpu_s = self.trace, time.perf_counter(), time.thread_time()
+        self._beat_s = begin_s
         messages = self._take_inbox()
         jobs = self.executor.poll()
-        for job in jobs:
-            self._collect(job)
+        self._collect_all(jobs)
         shards = self.scheduler.schedule()
         for shard in shards:
             self.executor.launch(shard)
@@ -177,10 +160,19 @@ class LLMEngine:
                     return
                 if not self.step():
                     self._check_progress()
-                    self._wake.wait()
+                    self._wake.wait(self._watchdog.interval_s)
+                if self._beat_s >= self._watchdog.next_look_s:
+                    self._look_for_hangs()
         except BaseException as error:
             logger.exception("the engine loop failed")
             self._die(error)
+
+    def _look_for_hangs(self) -> None:
+        hanging = self._watchdog.look(self._beat_s, self.executor.progress())
+        if hanging:
+            self.hung = True
+            names = " and ".join(hanging)
+            raise TimeoutError(f"{names}: nothing was finished for hang_limit_s={self.config.hang_limit_s:g}")
 
     def _take_inbox(self) -> int:
         count = 0
@@ -200,9 +192,18 @@ class LLMEngine:
                 self._finish(sequence, "abort")
             self._advanced([request], [request])
 
+    def _collect_all(self, jobs: list[Job]) -> None:
+        left = iter(jobs)
+        try:
+            for job in left:
+                self._collect(job)
+        except BaseException:
+            self._uncollected = [job, *left]
+            raise
+
     def _collect(self, job: Job) -> None:
-        if job.error is not None:
-            raise job.error
+        if (job.error is not None or self.faults.any) and self._absorb(job):
+            return
         rows, result = self.scheduler.complete(job.shard, job.result, job.seconds)
         self.metrics.record(job, len(rows))
         while self.scheduler.exposed_copies_s:
@@ -217,19 +218,81 @@ class LLMEngine:
         ended = [sequence.request for sequence in may_have_ended if sequence.request.finished]
         self._advanced([sequence.request for sequence in rows], ended)
 
+    def _absorb(self, job: Job) -> bool:
+        """Act on a job that failed, or whose card is lost; False if it is neither. Raises what nobody survives."""
+        recovery, shard = self.scheduler.recovery, job.shard
+        orphan = recovery.is_orphan(shard)
+        if job.error is None and not orphan:
+            self.faults.arrived(shard)
+            return False
+        if job.error is not None and is_sticky(job.error):
+            raise job.error
+        if orphan:
+            recovery.forget(shard)
+        else:
+            self._act(self.faults.judge(job), job)
+        return True
+
+    def _act(self, verdict: Verdict, job: Job) -> None:
+        recovery, shard = self.scheduler.recovery, job.shard
+        assert job.error is not None
+        if verdict is Verdict.DIE:
+            raise job.error
+        if verdict is Verdict.RETRY:
+            self.executor.launch(shard)
+            return
+        if verdict is Verdict.LOSE_CARD:
+            self._lose_card()
+        else:
+            self.metrics.errors["copy"] += 1
+            logger.warning("a copy was given up, its prompts are prefilled again: %s", describe(job.error))
+        recovery.forget(shard)
+
+    def _lose_card(self) -> None:
+        lost = self.faults.lost_card
+        assert lost is not None
+        self.metrics.errors["card"] += 1
+        logger.warning("card %d is not used any more, card %d goes on alone: %s", lost, 1 - lost, self.faults.cause)
+        self.scheduler.recovery.lose_card(lost)
+
     def _settle(self, sequence: Sequence) -> None:
         """Its last token ends it, or stays."""
-        reason, stop_reason = stop_of(sequence)
+        if sequence.finished:  # a sibling's failure ended it
+            return
+        if sequence.tokens[-1] == NO_TOKEN:
+            self._fail(sequence.request, "logits", "the model's logits are no numbers")
+            return
+        try:
+            reason, stop_reason = stop_of(sequence)
+        except Exception as error:  # the tokenizer's, on this text
+            self._fail(sequence.request, "tokenizer", describe(error))
+            return
         if reason is not None:
             self._finish(sequence, reason, stop_reason)
         else:
             sequence.num_settled_outputs = sequence.num_output_tokens
 
+    def _fail(self, request: Request, kind: str, text: str) -> None:
+        """End all answers of a request that cannot be answered; the others go on."""
+        self.metrics.errors[kind] += 1
+        logger.warning("request %s failed: %s", request.request_id, text)
+        for sequence in request.sequences:
+            if sequence.finished:
+                continue
+            if sequence.tokens[-1] == NO_TOKEN:  # not settled yet: no reader has seen it
+                sequence.take_back()
+            sequence.error = text
+            self._finish(sequence, "error")
+
     def _finish(self, sequence: Sequence, reason: str, stop_reason: int | str | None = None) -> None:
         if sequence.finished:
             return
-        if sequence.watcher is not None:
-            sequence.watcher.flush()
+        if sequence.watcher is not None and reason != "error":
+            try:
+                sequence.watcher.flush()
+            except Exception as error:  # the tokenizer's, on this text
+                self._fail(sequence.request, "tokenizer", describe(error))
+                return
         self.scheduler.finish(sequence, reason, stop_reason)
         self.metrics.requests.add_end(sequence, reason)
 
@@ -250,23 +313,49 @@ class LLMEngine:
         if self.executor.num_in_flight == 0 and not self.scheduler.idle and not self._inbox:
             raise RuntimeError(f"the plan is stuck: {self.scheduler.describe()}")
 
+    @property
+    def _owns_plan(self) -> bool:
+        """Whether nobody but the caller can be in the loop."""
+        return self._thread is None or self._thread is threading.current_thread() or not self._thread.is_alive()
+
     def _die(self, error: BaseException) -> None:
-        if not isinstance(error, EngineDeadError):  # that is what closing raises
-            self.metrics.errors["engine"] += 1
+        """Tell everybody who waits. What sequences hold is let go of, what is in flight counts no more."""
         with self._lock:
+            if self._error is not None:
+                return
             self._error = error
             queues = set(self._queues.values())
             self._live.clear()
             self._queues.clear()
+        self.metrics.errors["engine"] += not isinstance(error, EngineDeadError)  # that is what closing raises
+        if self._owns_plan:
+            self._clear_plan()
         for queue in queues:
             queue.fail(error)
 
+    def _clear_plan(self) -> None:
+        try:
+            self.scheduler.recovery.clear()
+        except Exception:  # the plan itself was what failed: callers must hear of it all the same
+            logger.exception("what the engine held could not be let go of")
+
+    def _forget_rest(self) -> None:
+        """What the workers completed since the loop ended, and what it ended with, lets go of its blocks."""
+        jobs, self._uncollected = [*self._uncollected, *self.executor.poll()], []
+        try:
+            for job in jobs:
+                self.scheduler.recovery.forget(job.shard)
+        except Exception:  # as above
+            logger.exception("what was in flight could not be let go of")
+
     def stats(self) -> dict[str, Any]:
-        """Counters since the start, and the queues as they are now."""
+        """Counters since the start, and the queues as they are now. `degraded`: why one card goes on alone, or None."""
         return {
             "uptime": time.perf_counter() - self.metrics.started,
             **self.scheduler.stats(),
             **self.metrics.as_dict(),
+            "copy_retries": self.faults.copy_retries,
+            "degraded": self.faults.cause,
         }
 
 

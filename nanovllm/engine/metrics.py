@@ -16,7 +16,9 @@ from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillSh
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
 ENDED_BY_THEMSELVES = ("stop", "length")
-ERROR_KINDS = ("engine",)  # "engine": its loop failed, and every caller that waited was told
+# "engine": its loop failed, and every caller that waited was told. "card": one was given up, the other goes on.
+# "copy": one was given up, its prompts are prefilled again. "tokenizer", "logits": one request failed because of these.
+ERROR_KINDS = ("engine", "card", "copy", "tokenizer", "logits")
 
 
 class Histogram:

@@ -31,28 +31,41 @@ class Move(NamedTuple):
 
 _MACHINE_S = 60.0  # one step or one copy, with a wide margin for a loaded CPU machine
 
-TRANSITIONS: dict[tuple[State, State], Move] = {
-    (State.WAITING, State.PREFILLING): Move("admission", None, "blocks on both cards were taken, all at once"),
-    (State.PREFILLING, State.COPYING): Move("prefill result", _MACHINE_S, "the last chunk ended, copies have not"),
-    (State.PREFILLING, State.READY): Move("prefill result", _MACHINE_S, "the last chunk ended and all is resident"),
-    (State.COPYING, State.READY): Move("copy result", _MACHINE_S, "the last copy ended"),
-    (State.READY, State.DECODING): Move("decode admission", None, "a slot was free"),
-    (State.READY, State.EVACUATING): Move("decode card full", None, "it was the youngest"),
-    (State.READY, State.WAITING): Move("both cards full", None, "it was the youngest; its KV is computed again"),
-    (State.READY, State.RETURNING): Move(
-        "hand-off", None, "card 0 kept it; prompts queue and the decode card has room"
-    ),
-    (State.DECODING, State.RETURNING): Move("hand-off", None, "card 0 decoded it; as above"),
-    (State.DECODING, State.EVACUATING): Move("decode card full", None, "it was the youngest; or card 0 takes it over"),
-    (State.DECODING, State.WAITING): Move("both cards full", None, "it was the youngest; its KV is computed again"),
-    (State.EVACUATING, State.EVACUATED): Move("copy result", _MACHINE_S, "the copy to the prefill card ended"),
-    (State.EVACUATING, State.READY): Move(
-        "copy result", _MACHINE_S, "it was taken over: card 0 decodes it from now on"
-    ),
-    (State.EVACUATED, State.RETURNING): Move("return admission", None, "the decode card has room again"),
-    (State.RETURNING, State.READY): Move("copy result", _MACHINE_S, "the copy back ended"),
-} | {
-    (state, State.FINISHED): Move("engine", None, "stop, length, abort or error")
-    for state in State
-    if state is not State.FINISHED
-}
+TRANSITIONS: dict[tuple[State, State], Move] = (
+    {
+        (State.WAITING, State.PREFILLING): Move("admission", None, "blocks on both cards were taken, all at once"),
+        (State.PREFILLING, State.COPYING): Move("prefill result", _MACHINE_S, "the last chunk ended, copies have not"),
+        (State.PREFILLING, State.READY): Move("prefill result", _MACHINE_S, "the last chunk ended and all is resident"),
+        (State.COPYING, State.READY): Move("copy result", _MACHINE_S, "the last copy ended"),
+        (State.READY, State.DECODING): Move("decode admission", None, "a slot was free"),
+        (State.READY, State.EVACUATING): Move("decode card full", None, "it was the youngest"),
+        (State.READY, State.WAITING): Move(
+            "both cards full, or fault", None, "it was the youngest, or its card was given up; its KV is computed again"
+        ),
+        (State.READY, State.RETURNING): Move(
+            "hand-off", None, "card 0 kept it; prompts queue and the decode card has room"
+        ),
+        (State.DECODING, State.RETURNING): Move("hand-off", None, "card 0 decoded it; as above"),
+        (State.DECODING, State.EVACUATING): Move(
+            "decode card full", None, "it was the youngest; or card 0 takes it over"
+        ),
+        (State.DECODING, State.WAITING): Move(
+            "both cards full, or fault", None, "it was the youngest, or its card was given up; its KV is computed again"
+        ),
+        (State.EVACUATING, State.EVACUATED): Move("copy result", _MACHINE_S, "the copy to the prefill card ended"),
+        (State.EVACUATING, State.READY): Move(
+            "copy result", _MACHINE_S, "it was taken over: card 0 decodes it from now on"
+        ),
+        (State.EVACUATED, State.RETURNING): Move("return admission", None, "the decode card has room again"),
+        (State.RETURNING, State.READY): Move("copy result", _MACHINE_S, "the copy back ended"),
+    }
+    | {
+        (state, State.WAITING): Move("fault", None, "a copy or a card was given up; its prompt is prefilled again")
+        for state in (State.PREFILLING, State.COPYING, State.EVACUATING, State.EVACUATED, State.RETURNING)
+    }
+    | {
+        (state, State.FINISHED): Move("engine", None, "stop, length, abort or error")
+        for state in State
+        if state is not State.FINISHED
+    }
+)

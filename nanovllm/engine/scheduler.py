@@ -23,8 +23,9 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.decode_batch import DecodeBatch, DecodePlan
 from nanovllm.engine.handoff import Handoff
 from nanovllm.engine.pace import Pace
+from nanovllm.engine.recovery import Recovery
 from nanovllm.engine.request_states import State
-from nanovllm.engine.sequence import PrefillGroup, Request, Sequence
+from nanovllm.engine.sequence import PrefillGroup, Request, Sequence, Timeline
 from nanovllm.engine.shards import (
     CopyShard,
     DecodeShard,
@@ -88,6 +89,8 @@ class Scheduler:
         self.paused = False
         self.back_pressure = Stopwatch()  # runs while prompts wait for it
         self.counts: Counter[str] = Counter()
+        self.cards = tuple(self.managers)  # that are used
+        self.recovery = Recovery(self)
 
     @property
     def main_batch(self) -> DecodeBatch:
@@ -112,7 +115,7 @@ class Scheduler:
         if self.elastic:
             self._hand_off_kept()
             self._balance()
-        for card in self.managers:
+        for card in self.cards:
             steps = self._plan_lent(card), self._plan_step(card)
             shards += [step for step in steps if step is not None]
             shards += self.handoff.drain_outbox()
@@ -260,7 +263,7 @@ class Scheduler:
         chunks = tuple(self._chunk(group, count) for group, count in chosen)
         self.launched_prefills[card][step] = [(group, group.num_launched_tokens) for group, _ in chosen]
         for group, _ in chosen:
-            self.handoff.mirror(group, step, partial(self._settle, group))
+            self.handoff.mirror(group, step, partial(self._settle, group), partial(self.recovery.give_up, group))
         return PrefillShard(card, step, chunks, lent)
 
     def _chunk(self, group: PrefillGroup, count: int) -> PrefillChunk:
@@ -305,7 +308,7 @@ class Scheduler:
 
     def _evacuate(self, sequence: Sequence) -> bool:
         """From the decode card of two to card 0; False if that is full."""
-        if len(self.managers) == 1:
+        if self.prefill_card == self.decode_card:
             return False
         if not self._leave_decode_card(sequence, sequence.num_kv_tokens, 0, partial(self._evacuated, sequence)):
             return False
@@ -317,8 +320,8 @@ class Scheduler:
     ) -> bool:
         """Start moving a sequence to card 0, where it gets blocks for `num_tokens`; False if that has no room."""
         main = self.main_batch
-        steps = self.managers[main.card].last_main_step
-        if not self.handoff.move(sequence, self.prefill_card, num_tokens, reserve_blocks, steps, done):
+        steps, failed = self.managers[main.card].last_main_step, partial(self.recovery.prefill_again, sequence)
+        if not self.handoff.move(sequence, self.prefill_card, num_tokens, reserve_blocks, steps, done, failed):
             return False
         main.remove(sequence)
         main.num_living -= 1
@@ -407,8 +410,8 @@ class Scheduler:
     def _send(self, sequence: Sequence, after_step: int) -> bool:
         """Start moving a sequence to the decode card, with room for the token that its next step writes."""
         num_tokens, reserve = sequence.num_kv_tokens + 1, self.main_batch.reserve_blocks
-        done = partial(self._returned, sequence)
-        return self.handoff.move(sequence, self.decode_card, num_tokens, reserve, after_step, done)
+        done, failed = partial(self._returned, sequence), partial(self.recovery.prefill_again, sequence)
+        return self.handoff.move(sequence, self.decode_card, num_tokens, reserve, after_step, done, failed)
 
     def _returns(self, sequence: Sequence) -> None:
         sequence.move_to(State.RETURNING)
@@ -477,6 +480,8 @@ class Scheduler:
 
     def _prefilled(self, group: PrefillGroup, end: int) -> list[Sequence]:
         """A chunk that reached position `end` has completed: its full blocks count. Returns the rows it sampled."""
+        if group.abandoned:
+            return group.sequences if end == group.num_tokens else []
         self.handoff.register_prefilled(group, end)
         if end < group.num_tokens:
             return []
@@ -495,17 +500,20 @@ class Scheduler:
 
     def _settle(self, group: PrefillGroup) -> None:
         """Ready only when the last chunk has ended and every copy has: then the blocks count on the decode card."""
-        if not group.prefilled or group.copies_in_flight:
+        if group.abandoned or not group.prefilled or group.copies_in_flight:
             return
         self.copying.discard(group)
         self.handoff.register_resident(group)
         if group.changes_cards and group.needs_decode and group.is_first:
-            timeline = group.leader.request.timeline
+            self._resident(group.leader.request.timeline)
+        for sequence in group.members:
+            self.batches[group.decode_card].add(sequence)
+
+    def _resident(self, timeline: Timeline) -> None:
+        if timeline.resident is None:  # else a fault made siblings of it be prefilled one by one
             timeline.mark("resident")
             assert timeline.resident is not None and timeline.prefilled is not None
             self.exposed_copies_s.append(timeline.resident - timeline.prefilled)
-        for sequence in group.members:
-            self.batches[group.decode_card].add(sequence)
 
     # -- out
 
@@ -515,8 +523,6 @@ class Scheduler:
             return
         state = sequence.state
         self._leave_queue(sequence)
-        if state in LIVES_TO_DECODE:
-            self.batches[sequence.card].num_living -= 1
         if reason in ("stop", "length"):
             self._write_back(sequence)
         if sequence.lease is not None:
@@ -541,6 +547,8 @@ class Scheduler:
             self.counts["write_backs"] += bool(copied)
 
     def _leave_queue(self, sequence: Sequence) -> None:
+        if sequence.state in LIVES_TO_DECODE:
+            self.batches[sequence.card].num_living -= 1
         if sequence.state in (State.READY, State.DECODING):
             self.batches[sequence.card].remove(sequence)
         elif sequence.state is State.EVACUATED:
@@ -554,7 +562,7 @@ class Scheduler:
     def idle(self) -> bool:
         """No sequence anywhere, no launched step, no copy in flight."""
         queued = any(group.members for _, group in self.waiting)
-        launched = any(self.launched_prefills.values()) or any(batch.launched for batch in self.batches.values())
+        launched = any(manager.launched_steps > manager.completed_steps for manager in self.managers.values())
         return not (queued or self.living() or launched or self.handoff.pending)
 
     def living(self) -> list[Sequence]:
@@ -607,7 +615,8 @@ class Scheduler:
             for card, manager in self.managers.items()
         }
         names = ("prompt_tokens", "cached_tokens", "evacuations", "recomputes", "write_backs", "write_backs_skipped")
-        counts = {name: self.counts[name] for name in (*names, "pauses", "helped", "hand_offs", "taken_over")}
+        others = ("pauses", "helped", "hand_offs", "taken_over", "prefilled_again")
+        counts = {name: self.counts[name] for name in (*names, *others)}
         now = {"copies_in_flight": len(self.handoff.pending), "prefill_paused": self.paused}
         return queues | blocks | counts | now | {"back_pressure_seconds": self.back_pressure.seconds}
 

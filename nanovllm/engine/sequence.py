@@ -16,7 +16,7 @@ from nanovllm.engine.block_manager import ROOT_HASH, BlockHash, chain_hash
 from nanovllm.engine.detokenizer import StopWatcher
 from nanovllm.engine.request_states import TRANSITIONS, State
 from nanovllm.engine.sequence_lease import SequenceLease
-from nanovllm.engine.shards import SamplingRow, StepResult, TokenLogprobs
+from nanovllm.engine.shards import NO_TOKEN, SamplingRow, StepResult, TokenLogprobs
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -55,7 +55,7 @@ class Sequence:
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.tokens: list[int] = list(request.prompt_token_ids)
         self.max_length = self.num_prompt_tokens + request.max_tokens
-        self.end_ids = request.end_ids
+        self.end_ids = request.end_ids | {NO_TOKEN}  # what the engine looks at; a card is told the request's
         self.state = State.WAITING
         self.card = 0  # where it decodes or will, once it was admitted
         self.lease: SequenceLease | None = None
@@ -71,6 +71,7 @@ class Sequence:
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.error: str | None = None  # why, where `finish_reason` is "error"
         self.watcher: StopWatcher | None = None  # set where stop strings must be watched for
 
     @property
@@ -104,6 +105,13 @@ class Sequence:
             tokens = tuple(self.tokens[start : start + block_size])
             self.block_hashes.append(chain_hash(parent, tokens, self.request.hash_seed))
         return self.block_hashes[:num_blocks]
+
+    def take_back(self) -> None:
+        """Its last token was none."""
+        self.tokens.pop()
+        self.token_times.pop()
+        if self.request.params.logprobs is not None:
+            self.logprobs.pop()
 
     def sampling_row(self) -> SamplingRow:
         """The row for the next output position that is not launched yet; no sample may be in flight."""
@@ -197,6 +205,7 @@ class PrefillGroup:
         self.num_mirrored_blocks = 0  # leading blocks resident on, or on their way to, the decode card
         self.copies_in_flight = 0
         self.prefilled = False
+        self.abandoned = False  # after a fault: its sequences are in other groups, what is in flight of it is dropped
 
     @property
     def leader(self) -> Sequence:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from nanovllm.sampling_params import SamplingParams
 
+NO_TOKEN = -1  # in a result, where no id can be drawn: its row's logits are no numbers
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
@@ -134,7 +136,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Sampled ids of a prefill or decode shard, one a row, and their log-probabilities where asked for."""
+    """Sampled ids of a prefill or decode shard, or NO_TOKEN, one a row, and their log-probabilities where asked for."""
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)

@@ -67,7 +67,7 @@ BAD_PARAMS: list[tuple[Any, Any, str]] = [
     ([1], P(max_tokens=2**31 - 1), "max_tokens=2147483647 = 2147483648 is beyond max_model_len=256"),
     ([1] * 100, P(max_tokens=None, min_tokens=61), "min_tokens=61 is more than the 60 that fit after this prompt"),
     ([1], P(stop_token_ids=[5, 320]), "stop_token_ids: 320 is outside the vocabulary of 320 ids"),
-    ([1] * 96, P(n=7), "n=7 answers to a prompt of 96 tokens need 13 blocks at once; the pool has 12"),
+    ([1] * 96, P(n=7), "n=7 answers to a prompt of 96 tokens need 13 blocks at once; the smaller pool has 10"),
     ([1], {"temperature": 0}, "sampling_params must be a SamplingParams or a list of them, got {'temperature': 0}"),
     ([1], 0.7, "sampling_params must be a SamplingParams or a list of them, got 0.7"),
     ([1], "greedy", "sampling_params must be a SamplingParams or a list of them, got 'greedy'"),

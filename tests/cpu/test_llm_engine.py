@@ -19,6 +19,7 @@ from nanovllm.engine.llm_engine import OutputQueue
 from nanovllm.engine.request_states import TRANSITIONS, State
 from nanovllm.engine.sequence import Request, Sequence
 from tests.cpu.tiny import make_llm, paused, scripted, settle, wait_until, write_config, write_model
+from tests.sim.chaos import Chaos
 from tests.sim.world import random_params, random_prompt, random_world, run_random
 
 ROOT = Path(__file__).parents[2]
@@ -160,13 +161,13 @@ def test_two_engines_in_one_process(folder: Path) -> None:
 
 
 def fail_when_told(llm: LLM, entry: str) -> threading.Event:
-    """Once the event is set, `entry` raises."""
+    """Once the event is set, `entry` raises what no process survives."""
     runner = llm.decode_runner if entry == "run_decode_core" else llm.prefill_runner
     run, told = getattr(runner, entry), threading.Event()
 
     def run_or_fail(*arguments: Any) -> Any:
         if told.is_set():
-            raise RuntimeError("the card caught fire")
+            raise RuntimeError("CUDA error: the card caught fire")
         return run(*arguments)
 
     setattr(runner, entry, run_or_fail)
@@ -222,11 +223,11 @@ def test_a_waiting_handle_that_fails_reaches_the_caller(llm: LLM) -> None:
         event = None
 
         def wait(self) -> Any:
-            raise RuntimeError("illegal access")
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     llm.prefill_runner.run_prefill = lambda shard: Failing()  # type: ignore[method-assign,assignment]
     error = Caller(lambda: ids_of(llm, [[1]])).outcome()
-    assert isinstance(error, EngineDeadError) and "illegal access" in str(error)
+    assert isinstance(error, EngineDeadError) and "illegal memory access" in str(error)
 
 
 def test_step_raises_when_the_engine_dies(llm: LLM) -> None:
@@ -234,7 +235,7 @@ def test_step_raises_when_the_engine_dies(llm: LLM) -> None:
     assert request_id and llm.step()
 
     def fail(shard: Any) -> Any:
-        raise RuntimeError("broken")
+        raise RuntimeError("CUDA error: broken")
 
     llm.decode_runner.run_decode_core = fail  # type: ignore[method-assign]
 
@@ -512,6 +513,7 @@ def test_every_move_of_the_table_happens_and_no_other(monkeypatch: pytest.Monkey
     for seed in range(100):
         run_random(seed, num_requests=10)
         run_world_with_aborts_of_those_away(seed)
+        run_random(seed, 10, Chaos(copies=0.3, card=seed % 2, at_step=5 + seed % 20).install)
         if seen >= set(TRANSITIONS):
             break
     assert seen == set(TRANSITIONS)

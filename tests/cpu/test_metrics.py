@@ -163,11 +163,11 @@ def test_a_failed_loop_is_an_error_and_closing_is_none(tmp_path: Path) -> None:
     folder = write_config(tmp_path)
     with make_llm(folder) as llm:
         llm.generate([1], SamplingParams(max_tokens=1), use_tqdm=False)
-    assert llm.stats()["errors"] == {"engine": 0}
+    assert set(llm.stats()["errors"].values()) == {0}
     with make_llm(folder) as llm, pytest.raises(EngineDeadError):
         with patch.object(llm._engine.scheduler, "schedule", side_effect=RuntimeError("planted")):
             llm.generate([1], SamplingParams(max_tokens=1), use_tqdm=False)
-    assert llm.stats()["errors"] == {"engine": 1}
+    assert {kind: count for kind, count in llm.stats()["errors"].items() if count} == {"engine": 1}
 
 
 def test_a_stopwatch_counts_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.executor import Executor, Job
-from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillShard, Shard, StepResult
+from nanovllm.engine.shards import NO_TOKEN, CopyShard, DecodeShard, MixedShard, PrefillShard, Shard, StepResult
 
 ROOT = 0x1234567
 VOCABULARY = 50
@@ -26,6 +26,10 @@ EOS = 0
 POISON = ("poison", -1)
 TORN = ("torn", -2)
 JUNK_ID = -7  # no token: whoever takes it for one is found out
+
+
+class DeviceFault(RuntimeError):
+    """Made to happen by a test."""
 
 
 class CorruptKV(AssertionError):
@@ -48,6 +52,14 @@ def seconds_of(shard: Shard) -> float:
     if isinstance(shard, DecodeShard):
         return 0.002 + 0.001 * len(shard.slots)
     return seconds_of(shard.prefill) + seconds_of(shard.decode) if isinstance(shard, MixedShard) else 0.0
+
+
+def num_rows(shard: Shard) -> int:
+    """Ids in the result of a step."""
+    if isinstance(shard, MixedShard):
+        return shard.prefill.num_samples + len(shard.decode.slots)
+    assert not isinstance(shard, CopyShard)
+    return len(shard.slots) if isinstance(shard, DecodeShard) else shard.num_samples
 
 
 def expected_tokens(prompt: list[int], seed: int, max_tokens: int, stop_ids: set[int]) -> list[int]:
@@ -108,6 +120,11 @@ class Task:
     executed: bool = False
 
 
+def lane_of(step: PrefillShard | DecodeShard | MixedShard) -> tuple[int, bool]:
+    """(card, whether it is lent): steps of a lane run in order."""
+    return step.card, isinstance(step, PrefillShard) and step.lent
+
+
 class SimulatedExecutor(Executor):
     """See the module. `advance()` moves one randomly chosen queue by one phase; False if nothing can move."""
 
@@ -120,6 +137,11 @@ class SimulatedExecutor(Executor):
         self.copies: dict[tuple[int, int], deque[Task]] = {}
         self.reported_steps: set[tuple[int, int]] = set()  # (card, step)
         self.executed_steps: set[tuple[int, int]] = set()
+        self.broken: set[tuple[int, bool]] = set()  # lanes in which a step has failed: those behind it bring rubbish
+        self.rubbish: set[tuple[int, int]] = set()  # (card, step) of these
+        # What goes wrong with the next phase of a task; and with the row of a step that has ended.
+        self.fails: Callable[[Task], Exception | None] = lambda task: None
+        self.spoils: Callable[[Shard, int], bool] = lambda shard, row: False
 
     # -- engine's side
 
@@ -131,8 +153,7 @@ class SimulatedExecutor(Executor):
             self.copies.setdefault((shard.src, shard.dst), deque()).append(task)
             return
         task.phases = [lambda: self._step_begin(shard), lambda: self._step_end(task)]
-        lent = isinstance(shard, PrefillShard) and shard.lent
-        self.steps.setdefault((shard.card, lent), deque()).append(task)
+        self.steps.setdefault(lane_of(shard), deque()).append(task)
 
     # -- the world's side
 
@@ -152,7 +173,7 @@ class SimulatedExecutor(Executor):
         queue = self.rng.choice(movable)
         task = queue[0]
         if task.phases:
-            task.phases.pop(0)()
+            self._run_phase(task)
             return True
         queue.popleft()
         shard = task.job.shard
@@ -160,6 +181,36 @@ class SimulatedExecutor(Executor):
             self.reported_steps.add((shard.card, shard.step))
         self._completed.append(task.job)
         return True
+
+    def _run_phase(self, task: Task) -> None:
+        shard, phase = task.job.shard, task.phases.pop(0)
+        error = self.fails(task)
+        if error is None and not self._is_rubbish(shard):
+            phase()
+            return
+        task.phases.clear()
+        task.job.error = error
+        if isinstance(shard, CopyShard):
+            self._spoil_copy(shard, error)
+            return
+        self.broken.add(lane_of(shard))
+        self.rubbish.add((shard.card, shard.step))
+        self.executed_steps.add((shard.card, shard.step))
+        if error is None:
+            task.job.result = StepResult([self.rng.randrange(VOCABULARY) for _ in range(num_rows(shard))])
+
+    def _is_rubbish(self, shard: Shard) -> bool:
+        if isinstance(shard, CopyShard):
+            return (shard.src, shard.after_step) in self.rubbish
+        return lane_of(shard) in self.broken
+
+    def _spoil_copy(self, shard: CopyShard, error: Exception | None) -> None:
+        """One that fails may have written nothing, or part of it; one behind a step that failed brings rubbish."""
+        for _, target in shard.block_pairs:
+            if error is None or self.rng.random() < 0.5:
+                pages = self.cards[shard.dst].pages
+                kept = self.rng.randrange(len(pages[target]))
+                pages[target] = [*pages[target][:kept], *[TORN] * (len(pages[target]) - kept)]
 
     def _may_move(self, task: Task) -> bool:
         shard = task.job.shard
@@ -187,6 +238,7 @@ class SimulatedExecutor(Executor):
             ids = self._decode_end(shard)
         else:
             ids = self._prefill_end(shard.prefill) + self._decode_end(shard.decode)
+        ids = [NO_TOKEN if self.spoils(shard, row) else token for row, token in enumerate(ids)]
         task.job.result = StepResult(ids)
         self.executed_steps.add((shard.card, shard.step))
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from nanovllm.admission import Limits, check_request
 from nanovllm.config import Config
-from nanovllm.engine.llm_engine import LLMEngine, OutputQueue
+from nanovllm.engine.llm_engine import EngineDeadError, LLMEngine, OutputQueue
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Request
 from nanovllm.sampling_params import SamplingParams
-from tests.sim.simulated_device import EOS, VOCABULARY, SimulatedExecutor, expected_tokens
+from tests.sim.simulated_device import EOS, VOCABULARY, DeviceFault, SimulatedExecutor, expected_tokens
 
 SLOS_MS = (None, None, 3.5, 12.0, 25.0, 80.0)  # of cards whose rows take a millisecond each
 
@@ -41,6 +41,8 @@ class World:
         self.requests: list[Request] = []
         self.aborted: set[str] = set()
         self.check_books = True
+        self.may_fail = False  # whether requests may end with an error
+        self.cause: DeviceFault | None = None  # why the engine has ended
 
     def fits(self, prompt: list[int], params: SamplingParams) -> bool:
         """Whether admission would let it in."""
@@ -51,14 +53,14 @@ class World:
         return True
 
     def add(self, prompt: list[int], params: SamplingParams) -> Request | None:
-        if not self.fits(prompt, params):
+        if self.cause is not None or not self.fits(prompt, params):
             return None
         number = len(self.requests)
         request = Request(
             str(number), number, None, prompt, params, max_tokens=params.max_tokens or 1, eos_token_ids=(EOS,)
         )
-        self.requests.append(request)
         self.engine.submit(request, self.queue)
+        self.requests.append(request)
         return request
 
     def abort(self, request: Request) -> None:
@@ -67,12 +69,24 @@ class World:
 
     def step(self) -> bool:
         """One engine iteration, then the checks."""
-        progressed = self.engine.step()
+        if self.cause is not None:
+            return False
+        try:
+            progressed = self.engine.step()
+        except DeviceFault as error:  # what its thread does then
+            self.cause, progressed = error, True
+            self.engine._die(error)
         self.executor.poison_free_blocks()
         if self.check_books:
             self.scheduler.check_integrity()
-        self.queue.take(0)
+        self._read()
         return progressed
+
+    def _read(self) -> None:
+        try:
+            self.queue.take(0)
+        except EngineDeadError:
+            assert self.cause is not None
 
     def run_to_idle(self) -> None:
         """Drain everything; a plan that stops moving is an error."""
@@ -80,6 +94,7 @@ class World:
             moved = self.executor.advance()
             if not self.step() and not moved:
                 break
+        self.engine._forget_rest()  # what closing does
         self.check_idle()
 
     def check_idle(self) -> None:
@@ -102,8 +117,12 @@ class World:
         for sequence in request.sequences:
             expected = expected_tokens(request.prompt_token_ids, sequence.seed, request.max_tokens, stop_ids)
             got = sequence.tokens[sequence.num_prompt_tokens :]
-            if sequence.finish_reason == "abort":
+            if sequence.finish_reason is None:
+                assert self.cause is not None and got == expected[: len(got)]
+            elif sequence.finish_reason == "abort":
                 assert request.request_id in self.aborted and got == expected[: len(got)]
+            elif sequence.finish_reason == "error":
+                assert self.may_fail and sequence.error and got == expected[: len(got)]
             else:
                 assert got == expected, f"request {request.request_id}: {got} instead of {expected}"
                 assert sequence.finish_reason == ("stop" if got[-1] in stop_ids else "length")
@@ -162,9 +181,15 @@ def lending_world(seed: int) -> World:
     return World(config, tuple(rng.choice([10, 16, 40]) for _ in range(2)), rng, lends=True)
 
 
-def run_random(seed: int, num_requests: int = 25, make_world: Callable[[int], World] = random_world) -> World:
+def run_random(
+    seed: int,
+    num_requests: int = 25,
+    prepare: Callable[[World], None] = lambda world: None,
+    make_world: Callable[[int], World] = random_world,
+) -> World:
     """Requests and aborts at random moments, everything in random order, then drain and check."""
     world = make_world(seed)
+    prepare(world)
     rng = world.rng
     left = num_requests
     while left:

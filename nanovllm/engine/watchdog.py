@@ -1,0 +1,34 @@
+"""Notices workers that have work and finish none of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+LOOKS = 4  # within the limit: a process that was stopped for a while, and goes on, counts as one look
+
+
+class Progress(NamedTuple):
+    """Jobs of a worker since the start."""
+
+    given: int
+    done: int
+
+
+class Watchdog:
+    """Looks at workers every `interval_s`; one that stands still for `limit_s` hangs. One thread."""
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s, self.interval_s = limit_s, limit_s / LOOKS
+        self.next_look_s = time.perf_counter() + self.interval_s
+        self._seen: dict[str, tuple[int, int]] = {}  # by worker: jobs done, and looks at which it was so
+
+    def look(self, now_s: float, workers: Mapping[str, Progress]) -> list[str]:
+        """The workers that hang. now_s: of `time.perf_counter()`."""
+        self.next_look_s = now_s + self.interval_s
+        for name, worker in workers.items():
+            done, looks = self._seen.get(name, (-1, 0))
+            still = worker.given > worker.done == done
+            self._seen[name] = worker.done, looks + 1 if still else 0
+        return [name for name, (_, looks) in self._seen.items() if looks >= LOOKS]
