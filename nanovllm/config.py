@@ -44,7 +44,7 @@ class Config:
     it each; with "auto" a few splits are tried). `disable_green`: touch no SM partition. `decode_pipeline_profiling`:
     time the stages now and then. `pipeline_debug`: log every decode step.
     `hang_limit_s`: with `overlap`, seconds for which a card or a link may have work and finish none of it; then the
-    engine closes.
+    engine closes. `verify_copies`: compare checksums of all KV blocks that are copied, for debugging; it takes long.
     """
 
     model: str
@@ -76,6 +76,7 @@ class Config:
     enable_prefix_caching: bool = True
     overlap: bool = True
     hang_limit_s: float = 60.0
+    verify_copies: bool = False
     run_ahead: int | None = None
     decode_backlog_high: int | None = None
     decode_backlog_low: int | None = None
@@ -109,7 +110,8 @@ class Config:
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"model={shown(self.model)} must be a folder or a hub id")
         switches = ("enable_decode_pipeline", "disable_green", "decode_pipeline_profiling", "pipeline_debug")
-        for name in ("enable_two_gpu_pd", "enforce_eager", "enable_prefix_caching", "overlap", *switches):
+        others = ("enforce_eager", "enable_prefix_caching", "overlap", "verify_copies")
+        for name in ("enable_two_gpu_pd", *switches, *others):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={shown(getattr(self, name))} must be True or False")
         if self.revision is not None and not isinstance(self.revision, str):

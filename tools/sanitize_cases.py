@@ -250,20 +250,34 @@ def advance_case(end_id: int) -> Case:
     def build(inputs: Inputs, run: Callable[..., None]) -> Sequence[Tensor]:
         slots = Slots.make(inputs, block_size=16)
         end_ids = inputs.numbers([[-1] * 8, [-1] * 7 + [end_id], [-1] * 8], torch.int64)
-        run(slots.rows, inputs.numbers([5, 6, 42, 8], torch.int64), slots.integers, end_ids, 2, ALIVE, MIN_TOKENS)
-        return [slots.integers]
+        tokens = inputs.numbers([5, 6, 42, 8], torch.int64)
+        logits = torch.ones(4, 43, device=inputs.device)
+        logits[1, 6] = -torch.inf
+        run(slots.rows, tokens, logits, slots.integers, end_ids, 2, ALIVE, MIN_TOKENS)
+        return [slots.integers, tokens]
 
     return Case(build, advance, advance_twin)
 
 
 def advance_twin(
-    rows: Tensor, tokens: Tensor, integers: Tensor, end_ids: Tensor, null_slot: int, alive: int, min_tokens: int
+    rows: Tensor,
+    tokens: Tensor,
+    logits: Tensor,
+    integers: Tensor,
+    end_ids: Tensor,
+    null_slot: int,
+    alive: int,
+    min_tokens: int,
 ) -> None:
-    for slot, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+    for row, (slot, token) in enumerate(zip(rows.tolist(), tokens.tolist(), strict=True)):
         state = integers[slot]
         if slot != null_slot and state[alive]:
-            state[0], state[1], state[2] = token, state[1] + 1, state[2] + 1
-            state[alive] = not (bool((end_ids[slot] == token).any()) and state[2] >= state[min_tokens])
+            drawn = bool(logits[row, token] > -torch.inf)
+            state[0] = token if drawn else state[0]
+            state[1], state[2] = state[1] + 1, state[2] + 1
+            ended = bool((end_ids[slot] == token).any()) and state[2] >= state[min_tokens]
+            state[alive] = drawn and not ended
+            tokens[row] = token if drawn else -1
 
 
 def packet_case(count: int, length: int) -> Case:

@@ -114,7 +114,7 @@ def make_runner(config: Config, model: Qwen3ForCausalLM, max_model_len: int, car
     num_blocks = count_blocks(config, model.config, max_model_len, model, model.device, card)
     cache = make_pool(config, model, num_blocks, card)
     device_id = (config.prefill_device_id, config.decode_device_id)[card]
-    return ModelRunner(device_id, model, cache, config.max_num_seqs, max_model_len)
+    return ModelRunner(device_id, model, cache, config.max_num_seqs, max_model_len, config.verify_copies)
 
 
 def make_pool(config: Config, model: Qwen3ForCausalLM, num_blocks: int, card: int) -> KVCache:

@@ -111,8 +111,9 @@ class DecodeGraphs:
 
     def _run_sampler(self, bucket: int, kind: SamplerKind) -> None:
         state, slots_B, token_ids_B = self.slots, self.slots_B[:bucket], self.token_ids_B[:bucket]
-        draw(kind, self.logits_BV[:bucket], slots_B, state.floats_S6, state.integers_S7, state.seen_SV, token_ids_B)
-        advance(slots_B, token_ids_B, state.integers_S7, state.end_ids_SK, state.null_slot, ALIVE, MIN_TOKENS)
+        logits_BV, integers_S7, null_slot = self.logits_BV[:bucket], state.integers_S7, state.null_slot
+        draw(kind, logits_BV, slots_B, state.floats_S6, integers_S7, state.seen_SV, token_ids_B)
+        advance(slots_B, token_ids_B, logits_BV, integers_S7, state.end_ids_SK, null_slot, ALIVE, MIN_TOKENS)
 
     def bucket_of(self, num_rows: int) -> int:
         """The smallest that holds them."""
@@ -131,7 +132,7 @@ class DecodeGraphs:
     def replay_sampler(self, kind: SamplerKind, num_rows: int) -> Tensor:
         """Launch the draw of that kind for the rows of `set_slots`, from `logits_BV`; their slots advance.
 
-        Returns the ids, valid until the next replay. Penalties change the logits.
+        Returns the ids, NO_TOKEN where none could be drawn, valid until the next replay. Penalties change the logits.
         """
         self._samplers[self.bucket_of(num_rows), kind].replay()
         return self.token_ids_B[:num_rows]

@@ -147,7 +147,11 @@ class KVCache:
             stream.wait_event(event)
         with torch.cuda.stream(stream):
             start.record(stream)
-            self._send(other, block_pairs, stream)
+            try:
+                self._send(other, block_pairs, stream)
+            except Exception:
+                self._drain(other, stream)
+                raise
             end.record(stream)
         self.pages.record_stream(stream)
         return CopyHandle(len(block_pairs) * self.block_bytes, start=start, event=end)
@@ -169,6 +173,11 @@ class KVCache:
             if self._staging is None:
                 self._staging = PinnedStaging(self.pages)
             self._staging.copy(self.pages, other.pages, block_pairs, stream, other._arrivals[0])
+
+    def _drain(self, other: KVCache, stream: torch.cuda.Stream) -> None:
+        """Wait for the part of a failed copy that was queued: its target blocks will be somebody else's."""
+        for queued in (stream, *self._departures, *other._arrivals):
+            queued.synchronize()
 
     def _reaches(self, other: KVCache) -> bool:
         """Whether this card may write the memory of `other`, on another card."""

@@ -16,9 +16,10 @@ from nanovllm.engine.rehearsal import rehearse_products
 from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillChunk, PrefillShard, SamplingRow
 from nanovllm.engine.slot_state import SlotState, fill_seen, sampling_floats, slot_integers
 from nanovllm.engine.step_handle import StepHandle, timed_event
+from nanovllm.engine.verified_copies import VerifiedCopy
 from nanovllm.layers.attention import DecodeMetadata, MixedMetadata, PrefillMetadata
 from nanovllm.layers.host import PinnedIds, reserve_pinned, to_device
-from nanovllm.layers.sampler import SamplingBatch, gather_logprobs, sample
+from nanovllm.layers.sampler import SamplingBatch, gather_logprobs, mark_undrawn_, sample
 from nanovllm.layers.seen_tokens import unpack
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import SAMPLER_KINDS, SamplingParams
@@ -45,12 +46,19 @@ class ModelRunner:
 
     Entries: `run_prefill(shard)`, `run_decode_core(shard)`, `run_mixed(shard)`, which is both in one pass, and
     `run_copy(shard, target, after)`; each returns a handle at once (on a CPU, a completed one). `device_id` is the
-    card's number, also on a CPU.
+    card's number, also on a CPU. `verify_copies`: compare every copied block with its source, which takes long.
     """
 
     def __init__(
-        self, device_id: int, model: Qwen3ForCausalLM, kv_cache: KVCache, max_num_seqs: int, max_model_len: int
+        self,
+        device_id: int,
+        model: Qwen3ForCausalLM,
+        kv_cache: KVCache,
+        max_num_seqs: int,
+        max_model_len: int,
+        verify_copies: bool = False,
     ) -> None:
+        self.verify_copies = verify_copies
         self.device_id = device_id
         self.device = kv_cache.device
         self.model = model
@@ -139,7 +147,7 @@ class ModelRunner:
             kind = SAMPLER_KINDS[self.slots.asked(shard.slots).sampler_level]
             return self.graphs.replay_sampler(kind, len(shard.slots))
         slots_B = self._int64(shard.slots)
-        token_ids = sample(logits, self.slots.sampling_batch(shard, slots_B))
+        token_ids = mark_undrawn_(sample(logits, self.slots.sampling_batch(shard, slots_B)), logits)
         self.slots.advance(slots_B, token_ids)
         self.slots.count(slots_B, token_ids)
         return token_ids
@@ -283,7 +291,8 @@ class ModelRunner:
     def run_copy(self, shard: CopyShard, target: ModelRunner, after: torch.cuda.Event | None) -> CopyHandle:
         """Send blocks from this card to `target`, not before `after`."""
         events = [] if after is None else [after]
-        return self.kv_cache.mirror_to(target.kv_cache, shard.block_pairs, self.copy_stream, events)
+        copy = self.kv_cache.mirror_to(target.kv_cache, shard.block_pairs, self.copy_stream, events)
+        return VerifiedCopy(copy, self.kv_cache, target.kv_cache, shard.block_pairs) if self.verify_copies else copy
 
     # -- inputs of a prefill step
 
@@ -322,11 +331,12 @@ class ModelRunner:
         return logits_SV[: len(sampled)] if one_each else logits_SV[self._int64(sampled)]
 
     def _first_tokens(self, logits: Tensor, rows: list[SamplingRow]) -> Tensor:
-        """Sampled ids of prompts' last chunks. Penalties change the logits where kernels draw."""
+        """Sampled ids of prompts' last chunks. Where kernels draw, penalties change the logits, and logits that are no
+        numbers are not found before the next id is drawn."""
         if not rows:
             return torch.empty(0, dtype=torch.int64, device=self.device)
         if not self._has_kernels:
-            return sample(logits, self._first_token_batch(rows))
+            return mark_undrawn_(sample(logits, self._first_token_batch(rows)), logits)
         return self._draw_first_tokens(logits, rows)
 
     def _first_token_batch(self, rows: list[SamplingRow]) -> SamplingBatch:

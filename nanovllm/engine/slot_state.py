@@ -5,7 +5,7 @@ output positions advance on the card, so that a step can be launched before the 
 host. Where graphs run the steps, changes go up in packets [nanovllm/engine/slot_packets.py]; else by plain torch.
 
 A sequence that samples one of its end ids is over on the card at once: steps launched before the host knows of it
-give the row an empty context and let it write to the null block.
+give the row an empty context and let it write to the null block. So is one whose logits are no numbers.
 
 Shape suffixes: S slots, B rows of this step, V vocabulary, N blocks a sequence can have, K end ids.
 """
@@ -194,19 +194,20 @@ class SlotState:
         )
 
     def advance(self, slots_B: Tensor, token_ids_B: Tensor) -> None:
-        """The living rows have one more token: in the KV cache the old last one, as last one the sampled."""
-        alive_B = self.alive_S[slots_B]
-        self.last_token_S[slots_B] = torch.where(alive_B != 0, token_ids_B, self.last_token_S[slots_B])
+        """The living rows have one more token: in the KV cache the old last one, as last one the sampled. One that
+        sampled NO_TOKEN is over."""
+        alive_B, drawn_B = self.alive_S[slots_B], token_ids_B >= 0
+        self.last_token_S[slots_B] = torch.where((alive_B != 0) & drawn_B, token_ids_B, self.last_token_S[slots_B])
         self.num_kv_tokens_S[slots_B] += alive_B
         self.position_S[slots_B] += alive_B
         ended_B = (self.end_ids_SK[slots_B] == token_ids_B[:, None]).any(1)
         ended_B &= self.position_S[slots_B] >= self.min_tokens_S[slots_B]
-        self.alive_S[slots_B] = torch.where(ended_B, 0, alive_B)
+        self.alive_S[slots_B] = torch.where(ended_B | ~drawn_B, 0, alive_B)
 
     def count(self, slots_B: Tensor, token_ids_B: Tensor) -> None:
         """Count the sampled ids, where any slot's are counted."""
         if self.seen_SV is not None:
-            self.seen_SV[slots_B, token_ids_B] += 1
+            self.seen_SV[slots_B, token_ids_B.clamp(min=0)] += 1  # of a row that is over, whatever
 
     def _ids(self, ids: Sequence[int]) -> Tensor:
         return to_device(ids, torch.int64, self.device)

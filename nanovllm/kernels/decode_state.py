@@ -63,7 +63,9 @@ def _advance_kernel(
     integers_ptr: tl.tensor,
     slots_ptr: tl.tensor,
     token_ptr: tl.tensor,
+    logits_ptr: tl.tensor,
     end_ids_ptr: tl.tensor,
+    VOCAB: tl.constexpr,
     NULL_SLOT: tl.constexpr,
     STRIDE: tl.constexpr,
     ALIVE: tl.constexpr,
@@ -71,18 +73,22 @@ def _advance_kernel(
     END_IDS: tl.constexpr,
 ) -> None:
     """Grid (B). Rows of the null slot change nothing, however many there are."""
-    slot = tl.load(slots_ptr + tl.program_id(0))
+    b = tl.program_id(0)
+    slot = tl.load(slots_ptr + b)
     if slot != NULL_SLOT:
         row_ptr = integers_ptr + slot * STRIDE
         if tl.load(row_ptr + ALIVE) != 0:
-            token = tl.load(token_ptr + tl.program_id(0))
+            token = tl.load(token_ptr + b)
+            drawn = tl.load(logits_ptr + b.to(tl.int64) * VOCAB + token) > float("-inf")  # false for NaN
+            if drawn == 0:
+                tl.store(token_ptr + b, -1)
             num_outputs = tl.load(row_ptr + 2) + 1
             end_ids = tl.load(end_ids_ptr + slot * END_IDS + tl.arange(0, END_IDS))
             ended = (tl.max((end_ids == token).to(tl.int32), 0) > 0) & (num_outputs >= tl.load(row_ptr + MIN_TOKENS))
-            tl.store(row_ptr, token)
+            tl.store(row_ptr, token, mask=drawn)
             tl.store(row_ptr + 1, tl.load(row_ptr + 1) + 1)
             tl.store(row_ptr + 2, num_outputs)
-            tl.store(row_ptr + ALIVE, tl.where(ended, 0, 1).to(tl.int64))
+            tl.store(row_ptr + ALIVE, tl.where(ended | (drawn == 0), 0, 1).to(tl.int64))
 
 
 def gather_inputs(
@@ -127,20 +133,32 @@ def gather_inputs(
 
 
 def advance(
-    slots: Tensor, token_ids: Tensor, integers: Tensor, end_ids: Tensor, null_slot: int, alive: int, min_tokens: int
+    slots: Tensor,
+    token_ids: Tensor,
+    logits: Tensor,
+    integers: Tensor,
+    end_ids: Tensor,
+    null_slot: int,
+    alive: int,
+    min_tokens: int,
 ) -> None:
     """Give every living row its sampled token; a row whose token is one of its end ids is alive no more.
 
-    slots, token_ids: int64 [B]. integers: as in `gather_inputs`; `min_tokens`: the column before whose value no end
-    id counts. end_ids: int64 [S, K], K a power of two, -1 where unused. Queues one kernel.
+    slots, token_ids: int64 [B]; ids below V. logits: float32 [B, V], contiguous, what the ids were drawn from: a living
+    row whose id's logit is NaN or -inf has drawn none; it gets NO_TOKEN in `token_ids` and is alive no more. integers:
+    as in `gather_inputs`; `min_tokens`: the column before whose value no end id counts. end_ids: int64 [S, K], K a
+    power of two, -1 where unused. Queues one kernel.
     """
     assert end_ids.dtype == torch.int64 and end_ids.is_contiguous() and token_ids.dtype == torch.int64
+    assert logits.dtype == torch.float32 and logits.is_contiguous() and len(logits) == len(token_ids)
     with torch.cuda.device_of(slots):
         _advance_kernel[slots.shape](
             integers,
             slots,
             token_ids,
+            logits,
             end_ids,
+            VOCAB=logits.shape[1],
             NULL_SLOT=null_slot,
             STRIDE=integers.shape[1],
             ALIVE=alive,

@@ -174,6 +174,7 @@ def _row_kernel(
         # A slice of -inf throughout has value 0, whose log is -inf: it never wins against another.
         value = tl.where(inside, tl.log(value) + (shift - row_max) / temperature, float("-inf"))
     token = tl.sum(tl.where(parts == tl.argmax(value, 0), ids, 0), 0)
+    token = tl.minimum(token, VOCAB - 1)  # of NaN, the first maximum may be any id of the slice
     tl.store(token_ptr + b, token.to(tl.int64))
     if temperature > 0:
         min_p = tl.load(state.min_p + row * FLOAT_STRIDE)

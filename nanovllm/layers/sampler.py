@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanovllm.engine.shards import NO_TOKEN
 from nanovllm.layers.host import to_device
 from nanovllm.sampling_params import SamplingParams
 
@@ -156,6 +157,13 @@ def sample(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
     return torch.where(batch.temperature > 0, _race(x_BV, batch.seed, batch.position), best_B)
 
 
+def mark_undrawn_(tokens_B: Tensor, logits_BV: Tensor) -> Tensor:
+    """NO_TOKEN, in place, for ids that were not drawn: of rows of nothing but NaN and -inf, and of those of `sample`
+    with any NaN. Looks at one logit a row. tokens_B: int64 [B], from logits_BV: float32 [B, V]."""
+    logits_B = logits_BV.gather(-1, tokens_B[:, None].clamp(min=0)).squeeze(-1)
+    return tokens_B.masked_fill_(~(logits_B > -torch.inf), NO_TOKEN)  # false for NaN
+
+
 def gather_logprobs(logits_BV: Tensor, tokens_B: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logprobs of the model itself, before penalties, temperature and filters.
 
@@ -164,7 +172,7 @@ def gather_logprobs(logits_BV: Tensor, tokens_B: Tensor, k: int) -> tuple[Tensor
     more likely); the k most likely ids, int64 [B, k]; and their logprobs, float32 [B, k], falling.
     """
     total_B1 = logits_BV.logsumexp(-1, keepdim=True)
-    chosen_B1 = logits_BV.gather(-1, tokens_B[:, None])
+    chosen_B1 = logits_BV.gather(-1, tokens_B[:, None].clamp(min=0))
     rank_B = 1 + (logits_BV > chosen_B1).sum(-1)
     top_Bk, ids_Bk = logits_BV.topk(k)
     return (chosen_B1 - total_B1).squeeze(-1), rank_B, ids_Bk, top_Bk - total_B1

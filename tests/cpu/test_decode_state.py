@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton", reason="the kernels are Triton's", exc_ty
 from nanovllm.engine.shards import DecodeShard, SamplingRow, SlotEntry  # noqa: E402
 from nanovllm.engine.slot_state import ALIVE, MIN_TOKENS, SlotState  # noqa: E402
 from nanovllm.kernels.decode_state import advance, gather_inputs  # noqa: E402
+from nanovllm.layers.sampler import mark_undrawn_  # noqa: E402
 from nanovllm.sampling_params import SamplingParams  # noqa: E402
 from tests.cpu.compile_check import assert_fits, compile_launches  # noqa: E402
 
@@ -54,9 +55,15 @@ def compare(seed: int, device: str) -> int:
         for ours, theirs in zip(got[:5], expected, strict=True):
             assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), (seed, rows, ours, theirs)
         sampled_B = torch.tensor([rng.randrange(VOCABULARY) for _ in rows], device=device)
-        plain.advance(slots_B, sampled_B)
-        null_slot = fused.null_slot
-        advance(slots_B, sampled_B, fused.integers_S7, fused.end_ids_SK, null_slot, ALIVE, MIN_TOKENS)
+        logits_BV = torch.randn(len(rows), VOCABULARY, device=device)
+        if rng.random() < 0.3:
+            logits_BV[rng.randrange(len(rows))] = rng.choice([float("nan"), -float("inf")])
+        expected_B = mark_undrawn_(sampled_B.clone(), logits_BV)
+        living_B = plain.alive_S[slots_B] != 0
+        plain.advance(slots_B, expected_B)
+        end_ids_SK, null_slot = fused.end_ids_SK, fused.null_slot
+        advance(slots_B, sampled_B, logits_BV, fused.integers_S7, end_ids_SK, null_slot, ALIVE, MIN_TOKENS)
+        assert torch.equal(sampled_B[living_B], expected_B[living_B]), (seed, rows)
         assert torch.equal(plain.integers_S7, fused.integers_S7), (seed, rows)
     return NUM_SLOTS - 1 - int(plain.alive_S.sum())
 
@@ -77,7 +84,8 @@ def test_kernels_compile(capability: int) -> None:
         tables = torch.empty(513, 640, dtype=torch.int32, device="meta")
         gather_inputs(slots, integers, tables, 64, 1000, ALIVE)
         end_ids = torch.empty(513, 128, dtype=torch.int64, device="meta")
-        advance(slots, slots, integers, end_ids, 512, ALIVE, MIN_TOKENS)
+        logits = torch.empty(16, 151_936, dtype=torch.float32, device="meta")
+        advance(slots, slots, logits, integers, end_ids, 512, ALIVE, MIN_TOKENS)
 
     reports = compile_launches(capability, launch)
     assert [report.name for report in reports] == ["_gather_kernel", "_advance_kernel"]

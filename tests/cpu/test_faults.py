@@ -1,0 +1,443 @@
+"""What goes wrong in a running engine, on CPU cards with threads and without: who is told what, and what goes on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanovllm import LLM, EngineDeadError, SamplingParams
+from nanovllm.engine import model_runner
+from nanovllm.engine.detokenizer import StopWatcher
+from nanovllm.engine.executor import Job
+from nanovllm.engine.faults import BROKEN_LINK_COPIES, COPY_RETRIES, Faults, Verdict, describe, is_sticky
+from nanovllm.engine.sequence import derive_seed
+from nanovllm.engine.shards import NO_TOKEN, CopyShard, PrefillShard
+from nanovllm.engine.watchdog import LOOKS, Progress, Watchdog
+from nanovllm.tokenizer import Tokenizer
+from tests.cpu.tiny import make_llm, scripted, settle, wait_until, write_model
+from tests.faults import ILLEGAL_ACCESS, STEPS, FaultInjector, Times, copies_across, fails, steps_of
+
+PROMPTS = [[7 * n % 200 + 1 + i for i in range(5 + 9 * n)] for n in range(6)]
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+ANSWER_LIMIT_S = 5.0  # in which everybody who waits must hear of the end
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[list[int]]:
+    with make_llm(folder, overlap=False) as llm:
+        return tokens_of(llm)
+
+
+@pytest.fixture(params=["elastic", "strict", "elastic inline", "strict inline"])
+def llm(folder: Path, request: pytest.FixtureRequest) -> Iterator[LLM]:
+    roles, *inline = request.param.split()
+    with make_llm(folder, enable_two_gpu_pd=True, pd_roles=roles, overlap=not inline, verify_copies=True) as llm:
+        yield llm
+    check_books(llm)
+
+
+def tokens_of(llm: LLM, params: Any = GREEDY) -> list[list[int]]:
+    return [output["token_ids"] for output in llm.generate(PROMPTS, params, use_tqdm=False)]
+
+
+def check_books(llm: LLM) -> None:
+    """After closing, nothing is owned by anybody, however the engine ended."""
+    scheduler = llm._engine.scheduler
+    scheduler.check_integrity()
+    assert scheduler.idle and not scheduler.handoff.pending and llm._engine.executor.num_in_flight == 0
+    for manager in scheduler.managers.values():
+        assert manager.num_free_blocks == manager.num_blocks and manager.num_retired_blocks == 0
+
+
+def errors_of(llm: LLM) -> dict[str, int]:
+    return {kind: count for kind, count in llm.stats()["errors"].items() if count}
+
+
+# -- a copy
+
+
+def test_a_copy_that_fails_is_tried_again(llm: LLM, expected: list[list[int]]) -> None:
+    failures = Times(COPY_RETRIES, copies_across, fails(RuntimeError("no link")))
+    FaultInjector(llm).before = failures
+    assert tokens_of(llm) == expected and failures.left == 0
+    assert llm.stats()["copy_retries"] == COPY_RETRIES and not errors_of(llm)
+    settle(llm)
+
+
+def test_a_copy_that_keeps_failing_is_given_up_and_its_prompt_prefilled_again(
+    llm: LLM, expected: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first copy and all its retries fail; then the link works."""
+    first: list[int] = []
+
+    def of_the_first(entry: str, shard: Any) -> bool:
+        if copies_across(entry, shard):
+            first.append(shard.copy)
+        return copies_across(entry, shard) and shard.copy == first[0]
+
+    failures = Times(1 + COPY_RETRIES, of_the_first, fails(RuntimeError("no link")))
+    FaultInjector(llm).before = failures
+    assert tokens_of(llm) == expected and failures.left == 0
+    stats = llm.stats()
+    assert stats["errors"]["copy"] == 1 and stats["prefilled_again"] >= 1 and stats["degraded"] is None
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
+    settle(llm)
+
+
+@pytest.mark.parametrize("late_s", [0.0, 0.05])
+def test_a_late_copy_is_only_late(llm: LLM, expected: list[list[int]], late_s: float) -> None:
+    FaultInjector(llm).before = Times(3, copies_across, lambda *shard: time.sleep(late_s))
+    assert tokens_of(llm) == expected and not llm.stats()["copy_retries"]
+
+
+def test_a_broken_link_leaves_one_card(llm: LLM, expected: list[list[int]]) -> None:
+    FaultInjector(llm).before = Times(10**6, copies_across, fails(RuntimeError("no link")))
+    assert tokens_of(llm) == expected
+    stats = llm.stats()
+    assert stats["degraded"] == "copies from card 0 to card 1: RuntimeError: no link"
+    assert errors_of(llm) == {"copy": BROKEN_LINK_COPIES - 1, "card": 1}
+    settle(llm)
+    assert tokens_of(llm) == expected and llm.stats()["card0"]["prefill_tokens"] == stats["card0"]["prefill_tokens"]
+
+
+@pytest.mark.parametrize("times", [1, 1 + COPY_RETRIES, 50])
+def test_a_corrupted_page_never_reaches_decode(llm: LLM, expected: list[list[int]], times: int) -> None:
+    def corrupt(entry: str, shard: Any, handle: Any) -> None:
+        target = llm.decode_runner if shard.dst else llm.prefill_runner
+        _, block = shard.block_pairs[-1]
+        target.kv_cache.blocks[block][0, 0, 0, 0, 0] += 1.0
+
+    corruptions = Times(times, copies_across, corrupt)
+    FaultInjector(llm).after = corruptions
+    assert tokens_of(llm) == expected
+    assert llm.stats()["copy_retries"] > 0
+    settle(llm)
+
+
+def test_without_checksums_a_corrupted_page_would_change_answers(folder: Path, expected: list[list[int]]) -> None:
+    """So the test above can fail."""
+    with make_llm(folder, enable_two_gpu_pd=True, pd_roles="strict") as llm:
+
+        def corrupt(entry: str, shard: Any, handle: Any) -> None:
+            for _, block in shard.block_pairs:
+                llm.decode_runner.kv_cache.blocks[block].add_(1.0)
+
+        FaultInjector(llm).after = Times(10**6, copies_across, corrupt)
+        assert tokens_of(llm) != expected
+
+
+# -- a card
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), MemoryError(), RuntimeError("CUDA error: out of memory")])
+@pytest.mark.parametrize("card", [0, 1])
+def test_a_failing_card_leaves_the_other(
+    llm: LLM, expected: list[list[int]], card: int, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the middle of the work; every answer is what it would have been, those that come later too."""
+    steps = [0]
+
+    def fifth(entry: str, shard: Any) -> bool:
+        steps[0] += entry in STEPS and shard.card == card
+        return steps[0] == (2 if card == 0 else 5) and steps_of(card)(entry, shard)
+
+    failures = Times(1, fifth, fails(error))
+    FaultInjector(llm).before = failures
+    assert tokens_of(llm) == expected and failures.left == 0
+    stats = llm.stats()
+    assert stats["degraded"] == f"card {card}: {describe(error)}" and errors_of(llm) == {"card": 1}
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
+    settle(llm)
+    assert tokens_of(llm) == expected
+    after = llm.stats()[f"card{card}"]
+    assert after["prefill_tokens"] == stats[f"card{card}"]["prefill_tokens"]
+
+
+def test_a_second_failure_ends_the_engine(llm: LLM) -> None:
+    first, second = (Times(1, steps_of(card), fails(RuntimeError("a bug"))) for card in (0, 1))
+
+    def both(entry: str, shard: Any) -> None:
+        first(entry, shard)
+        second(entry, shard)
+
+    FaultInjector(llm).before = both
+    with pytest.raises(EngineDeadError, match="a bug"):
+        tokens_of(llm)
+    assert errors_of(llm) == {"card": 1, "engine": 1}
+
+
+def test_the_only_card_that_fails_ends_the_engine(folder: Path) -> None:
+    with make_llm(folder) as llm:
+        FaultInjector(llm).before = Times(1, lambda entry, shard: entry in STEPS, fails(RuntimeError("a bug")))
+        with pytest.raises(EngineDeadError, match="a bug"):
+            tokens_of(llm)
+    check_books(llm)
+
+
+@pytest.mark.parametrize("entry", ["run_prefill", "run_copy", "step of card 1"])
+def test_a_sticky_error_under_load_reaches_every_caller(folder: Path, entry: str) -> None:
+    """Of several threads, whatever they wait for; and what the other card holds is let go of."""
+    with make_llm(folder, enable_two_gpu_pd=True) as llm:
+        told, outcomes = threading.Event(), []
+
+        def now(name: str, shard: Any) -> bool:
+            return told.is_set() and (steps_of(1)(name, shard) if entry == "step of card 1" else name == entry)
+
+        FaultInjector(llm).before = Times(10**6, now, fails(RuntimeError(ILLEGAL_ACCESS)))
+        asks: list[Callable[[], Any]] = [lambda: tokens_of(llm, SamplingParams(max_tokens=200, ignore_eos=True))] * 3
+        asks.append(lambda: list(llm.stream([5], SamplingParams(max_tokens=200, ignore_eos=True))))
+
+        def call(ask: Callable[[], Any]) -> None:
+            with pytest.raises(EngineDeadError, match="illegal memory access"):
+                while True:
+                    ask()
+            outcomes.append(time.monotonic())
+
+        callers = [threading.Thread(target=call, args=(ask,), daemon=True) for ask in asks]
+        for caller in callers:
+            caller.start()
+        wait_until(lambda: llm.stats()["decoding"] > 2)
+        told.set()
+        for caller in callers:
+            caller.join(ANSWER_LIMIT_S)
+        assert len(outcomes) == len(callers), "somebody still waits"
+    check_books(llm)
+
+
+# -- a worker that hangs
+
+
+@pytest.mark.parametrize("entry", ["run_prefill", "run_copy", "step of card 1"])
+def test_a_worker_that_hangs_is_noticed(folder: Path, entry: str) -> None:
+    hang = threading.Event()
+    with make_llm(folder, enable_two_gpu_pd=True, hang_limit_s=0.5) as llm:
+        wanted = steps_of(1) if entry == "step of card 1" else lambda name, shard: name == entry
+        FaultInjector(llm).before = Times(1, wanted, lambda *shard: hang.wait(60))
+        with pytest.raises(EngineDeadError, match="nothing was finished for hang_limit_s=0.5"):
+            tokens_of(llm)
+        with pytest.raises(EngineDeadError):
+            llm.add_request([1])
+        closing = time.monotonic()
+        llm.close()
+        assert time.monotonic() - closing < ANSWER_LIMIT_S
+    hang.set()
+
+
+def test_a_loop_that_hangs_is_noticed_by_whoever_waits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hang = threading.Event()
+    with make_llm(folder, hang_limit_s=0.3) as llm:
+        monkeypatch.setattr(StopWatcher, "push", lambda self, token, search: hang.wait(60))
+        with pytest.raises(EngineDeadError, match="the engine loop has not gone round"):
+            llm.generate("abc", SamplingParams(stop="x"), use_tqdm=False)
+        hang.set()
+
+
+def test_slow_is_not_hung(folder: Path, expected: list[list[int]]) -> None:
+    with make_llm(folder, enable_two_gpu_pd=True, hang_limit_s=1.0) as llm:
+        FaultInjector(llm).before = Times(3, lambda *shard: True, lambda *shard: time.sleep(0.4))
+        assert tokens_of(llm) == expected
+
+
+def test_watchdog_counts_looks_not_seconds() -> None:
+    """So that a process that was stopped for a minute does not take its cards for hung."""
+    dog, stuck = Watchdog(60.0), {"card 0": Progress(3, 1), "card 1": Progress(5, 5)}
+    for look in range(LOOKS):
+        assert dog.look(1e6 * look, stuck) == []
+    assert dog.look(1e9, stuck) == ["card 0"] and dog.next_look_s == 1e9 + 15.0
+    assert dog.look(1e9, stuck | {"card 0": Progress(4, 2)}) == []
+
+
+# -- one request
+
+
+class Broken(Exception):
+    pass
+
+
+def test_a_tokenizer_that_raises_ends_one_request(
+    llm: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the engine's thread, which looks for stop strings there."""
+    push = StopWatcher.push
+
+    def raise_for_bad(self: StopWatcher, token: int, search: bool) -> str | None:
+        if self._stop == ("bad",) and len(self._detokenizer._ids) == 3:
+            raise Broken("no such piece")
+        return push(self, token, search)
+
+    monkeypatch.setattr(StopWatcher, "push", raise_for_bad)
+    params = [SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, stop="never") for _ in PROMPTS]
+    params[2] = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, stop="bad", n=1)
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    for number, (output, tokens) in enumerate(zip(outputs, expected, strict=True)):
+        if number == 2:
+            assert output.outputs[0].finish_reason == "error" and output.error == "Broken: no such piece"
+            assert output["token_ids"] == tokens[:4] and output.finished
+        else:
+            assert output["token_ids"] == tokens and output.error is None
+    assert errors_of(llm) == {"tokenizer": 1} and llm.stats()["requests"]["finished"]["error"] == 1
+    settle(llm)
+
+
+def test_a_tokenizer_that_raises_at_the_end_ends_all_answers_of_one_request(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StopWatcher, "flush", fails(Broken("half a character")))
+    params = SamplingParams(max_tokens=3, stop="never", ignore_eos=True, n=3)
+    outputs = llm.generate(PROMPTS[:1], params, use_tqdm=False)
+    assert {answer.finish_reason for answer in outputs[0].outputs} == {"error"}
+    assert outputs[0].error == "Broken: half a character"
+    monkeypatch.undo()
+    settle(llm)
+
+
+def test_a_tokenizer_that_raises_for_a_caller_is_that_callers_matter(
+    llm: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text is made in the caller's thread, of what was asked for."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode", fails(Broken("no text")))
+        with pytest.raises(Broken):
+            llm.generate("text", GREEDY, use_tqdm=False)
+        patch.setattr(Tokenizer, "decode", fails(Broken("no text")))
+        with pytest.raises(Broken):
+            list(llm.stream([1, 2], SamplingParams(max_tokens=200, ignore_eos=True)))
+    assert tokens_of(llm) == expected
+    settle(llm)
+
+
+def test_a_consumer_that_raises_aborts_its_request_only(llm: LLM, expected: list[list[int]]) -> None:
+    stream = llm.stream([1, 2], SamplingParams(max_tokens=200, ignore_eos=True))
+    with pytest.raises(Broken):
+        for number, _ in enumerate(stream):
+            if number == 2:
+                raise Broken
+    stream.close()  # as when the last reference to it goes
+    assert tokens_of(llm) == expected
+    settle(llm)
+    assert llm.stats()["requests"]["finished"]["abort"] == 1
+
+
+@pytest.mark.parametrize("position", [0, 1, 7])
+def test_logits_that_are_no_numbers_end_one_request(
+    llm: LLM, expected: list[list[int]], position: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the model to the caller: the row's own logits, and nothing else, are NaN."""
+    sample = model_runner.sample
+    bad_seed = 4242
+
+    def spoil(logits: Any, batch: Any) -> Any:
+        rows = (batch.seed == seed_on_card) & (batch.position == position)
+        logits[rows] = float("nan")
+        return sample(logits, batch)
+
+    seed_on_card = derive_seed(derive_seed(bad_seed), 0)
+    monkeypatch.setattr(model_runner, "sample", spoil)
+    params: list[SamplingParams] = [GREEDY] * len(PROMPTS)
+    params[3] = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, seed=bad_seed, logprobs=2)
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    for number, (output, tokens) in enumerate(zip(outputs, expected, strict=True)):
+        assert output["token_ids"] == (tokens[:position] if number == 3 else tokens)
+    bad = outputs[3]
+    assert bad.error == "the model's logits are no numbers" and bad.outputs[0].finish_reason == "error"
+    assert bad.outputs[0].logprobs is not None and len(bad.outputs[0].logprobs) == position
+    assert errors_of(llm) == {"logits": 1}
+    settle(llm)
+
+
+def test_siblings_of_a_failed_answer_end_with_it(llm: LLM) -> None:
+    with scripted() as scripts:
+        seed = scripts.write([5, NO_TOKEN], index=1)
+        scripts.write([6, 6, NO_TOKEN], index=0, seed=seed)
+        params = SamplingParams(n=3, seed=seed, max_tokens=9, ignore_eos=True)
+        (output,) = llm.generate([PROMPTS[0]], params, use_tqdm=False)
+    assert [answer.finish_reason for answer in output.outputs] == ["error"] * 3
+    assert [answer.token_ids for answer in output.outputs][:2] == [[6, 6], [5]]
+    settle(llm)
+
+
+# -- the judge
+
+
+def failed(shard: Any, text: str = "no") -> Job:
+    return Job(shard, error=RuntimeError(text))
+
+
+def copy(number: int, src: int = 0, dst: int = 1) -> CopyShard:
+    return CopyShard(number, src, dst, ((0, 0),), 0)
+
+
+def test_copies_are_retried_given_up_and_blamed_on_the_link() -> None:
+    faults = Faults(2)
+    for number in range(BROKEN_LINK_COPIES - 1):
+        verdicts = [faults.judge(failed(copy(number))) for _ in range(1 + COPY_RETRIES)]
+        assert verdicts == [Verdict.RETRY] * COPY_RETRIES + [Verdict.PREFILL_AGAIN]
+    faults.arrived(copy(7))  # it works after all
+    for number in range(10, 9 + BROKEN_LINK_COPIES):
+        verdicts = [faults.judge(failed(copy(number))) for _ in range(1 + COPY_RETRIES)]
+        assert verdicts[-1] is Verdict.PREFILL_AGAIN
+    assert [faults.judge(failed(copy(30))) for _ in range(1 + COPY_RETRIES)][-1] is Verdict.LOSE_CARD
+    assert faults.lost_card == 0 and faults.cause == "copies from card 0 to card 1: RuntimeError: no"
+    assert faults.judge(failed(PrefillShard(1, 1, ()))) is Verdict.DIE
+
+
+def test_of_a_copy_within_a_card_that_card_is_blamed() -> None:
+    faults = Faults(2)
+    verdicts = [faults.judge(failed(copy(n // (1 + COPY_RETRIES), 1, 1))) for n in range(9)]
+    assert verdicts[-1] is Verdict.LOSE_CARD and faults.lost_card == 1
+    assert Faults(1).judge(failed(PrefillShard(0, 1, ()))) is Verdict.DIE
+
+
+class AcceleratorError(RuntimeError):
+    """As torch names it."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch names it."""
+
+
+@pytest.mark.parametrize(
+    ("error", "sticky"),
+    [
+        (RuntimeError(ILLEGAL_ACCESS), True),
+        (AcceleratorError("an illegal memory access was encountered"), True),
+        (AcceleratorError("CUDA error: device-side assert triggered"), True),
+        (AcceleratorError("CUDA error: unspecified launch failure"), True),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), True),
+        (AcceleratorError("CUDA error: out of memory"), False),
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), False),
+        (AcceleratorError("CUDA error: peer access is not supported between these two devices"), False),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), False),
+        (ValueError("shapes differ"), False),
+        (KeyboardInterrupt(), True),
+        (SystemExit(3), True),
+    ],
+)
+def test_sticky_errors(error: BaseException, sticky: bool) -> None:
+    assert is_sticky(error) == sticky
+    follower = RuntimeError("the step that writes the source failed")
+    follower.__cause__ = error
+    assert is_sticky(follower) == (sticky and isinstance(error, Exception))
+
+
+def test_an_error_is_one_line_of_bounded_length() -> None:
+    assert describe(ValueError("a\n  b\n")) == "ValueError: a b"
+    assert len(describe(ValueError("x" * 9999))) == 500
+
+
+def test_logging_says_that_a_request_failed(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "nanovllm")
+    with scripted() as scripts:
+        llm.generate([1], SamplingParams(seed=scripts.write([NO_TOKEN]), max_tokens=2), use_tqdm=False)
+    assert "the model's logits are no numbers" in caplog.text
