@@ -132,7 +132,13 @@ def _answers(stats: Stats) -> Iterator[Metric]:
     finished = {reason: count for reason, count in stats["requests"]["finished"].items()}
     yield _counter("request_success", "Answers that ended, aborts and errors too.", finished, ("finished_reason",))
     errors = {kind: count for kind, count in stats["errors"].items()}
-    yield _counter("errors", "Failures. engine: its loop ended, and everybody who waited was told.", errors, ("kind",))
+    text = (
+        "Failures. engine: its loop ended, everybody who waited was told. card: one was given up, the other goes on. "
+        "copy: one was given up, its prompts are prefilled again. tokenizer, logits: one request failed because of it."
+    )
+    yield _counter("errors", text, errors, ("kind",))
+    again = {(): stats["prefilled_again"]}
+    yield _counter("num_prefilled_again", "Answers whose prompt was prefilled again because of a failure.", again)
     for key, (name, text) in HISTOGRAMS.items():
         yield _histogram(name, text, stats["requests"][key])
 
@@ -174,6 +180,7 @@ def _copies(stats: Stats) -> Iterator[Metric]:
     yield _counter("mirrored_bytes", "Bytes of KV blocks copied from card to card, or within one.", moved_bytes, labels)
     yield _counter("copy_seconds", "Seconds that these copies took.", seconds, labels)
     yield _gauge("copy_gigabytes_per_second", "The one over the other, since the start.", rates, labels)
+    yield _counter("copy_retries", "Copies that failed and were tried again.", {(): stats["copy_retries"]})
     yield _gauge("copies_in_flight", "Copies that are planned and have not ended.", {(): stats["copies_in_flight"]})
     text = "From the end of a prompt's prefill until the decode card held all of it."
     yield _histogram("exposed_copy_seconds", text, stats["exposed_copy_ms"])
@@ -195,5 +202,5 @@ def _pipeline(stats: Stats) -> Iterator[Metric]:
     yield _gauge("sm_share", "Share of the decode card's SMs that a stage's partition has.", share, labels)
     yield _gauge("sm_busy_fraction", "Share of timed steps for which the partition ran its stages.", busy, labels)
     yield _counter("pipeline_rebalances", "Moves to another split of SMs.", {(): green.get("switches", 0)})
-    fallbacks = {"pipeline": pipeline.get("fallbacks", 0)}
+    fallbacks = {"pipeline": pipeline.get("fallbacks", 0), "one_card": int(stats["degraded"] is not None)}
     yield _counter("fallbacks", "What was asked for and could not be had, and what runs instead.", fallbacks, ("kind",))

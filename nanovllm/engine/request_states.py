@@ -1,8 +1,8 @@
 """The states of a sequence and every legal move between them: one table, checked at each move.
 
 `by` names who may make the move. `limit_s` is how long a sequence may stay before that move: None where the wait
-is the caller's own load (a queue), a number where only the machine's progress is awaited. Moves are checked; the
-limits are stated, and nothing acts on them yet.
+is the caller's own load (a queue), a number where only the machine's progress is awaited: `Config.hang_limit_s`, for
+which the watchdog lets a worker stand still. Moves are checked.
 """
 
 from __future__ import annotations

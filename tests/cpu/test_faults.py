@@ -215,6 +215,23 @@ def test_a_sticky_error_under_load_reaches_every_caller(folder: Path, entry: str
     check_books(llm)
 
 
+def test_faults_are_on_the_metrics_page(folder: Path) -> None:
+    core = pytest.importorskip("prometheus_client.registry")
+    from nanovllm.engine.prometheus import MetricsPage
+
+    with make_llm(folder, enable_two_gpu_pd=True, pd_roles="strict") as llm:
+        FaultInjector(llm).before = Times(10**6, copies_across, fails(RuntimeError("no link")))
+        tokens_of(llm)
+        registry, stats = core.CollectorRegistry(), llm.stats()
+        registry.register(MetricsPage(llm.stats))
+        value = registry.get_sample_value
+        assert value("nanovllm:errors_total", {"kind": "card"}) == 1
+        assert value("nanovllm:fallbacks_total", {"kind": "one_card"}) == 1
+        assert value("nanovllm:errors_total", {"kind": "copy"}) == stats["errors"]["copy"] > 0
+        assert value("nanovllm:copy_retries_total") == stats["copy_retries"] > 0
+        assert value("nanovllm:num_prefilled_again_total") == stats["prefilled_again"] > 0
+
+
 # -- a worker that hangs
 
 

@@ -46,6 +46,7 @@ NAMES = {
     "num_preemptions_total",
     "request_success_total",
     "errors_total",
+    "num_prefilled_again_total",
     "prompt_tokens_total",
     "prompt_tokens_by_source_total",
     "generation_tokens_total",
@@ -56,6 +57,7 @@ NAMES = {
     "copy_seconds_total",
     "copy_gigabytes_per_second",
     "copies_in_flight",
+    "copy_retries_total",
     "pipeline_mode",
     "stage_latency_seconds",
     "sm_share",
@@ -130,6 +132,7 @@ def test_every_name_is_there_with_the_numbers_of_stats(options: dict[str, Any]) 
         assert page["copy_gigabytes_per_second", "1", "0"] == pytest.approx(rate)
     asked = "enable_decode_pipeline" in options
     assert page["fallbacks_total", "pipeline"] == asked  # a CPU has no partitions
+    assert page["fallbacks_total", "one_card"] == page["copy_retries_total",] == page["num_prefilled_again_total",] == 0
     assert {mode: page["pipeline_mode", mode] for mode in MODES} == {
         mode: mode == ("sequential" if asked else "disabled") for mode in MODES
     }

@@ -1,0 +1,349 @@
+"""Random requests and random faults for as long as one likes; ends with exact accounting.
+
+    python -m tools.soak --requests 10000                      # on CPU cards, tokens compared with a fault-free run
+    python -m tools.soak --shape 0.6b --two-gpus --minutes 9   # on two GPUs, random weights
+
+Requests share prefixes, have stop strings, siblings and seeds; some are aborted from another thread, some are mistakes
+of callers, some have a tokenizer that raises. Of the copies between cards `--faults` fail, come late, or, on CPU cards,
+arrive damaged; a few never succeed. Engines follow each other: the second of every four loses a card in the middle of
+its work, and the last one its context. After each of them every request is accounted for and every block of every card
+is free, or the soak fails. On CPU cards all answers equal those of a run without faults; on GPUs, where a batch of
+another size may round otherwise, the share that does is told. Roles are strict and elastic in turn. The last line is
+one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import logging
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench import SHAPES, write_shape
+from nanovllm import DEMO_MODEL, LLM, EngineDeadError, SamplingParams
+from nanovllm.engine import model_runner
+from nanovllm.engine.detokenizer import StopWatcher
+from nanovllm.outputs import RequestOutput
+from tests.faults import ILLEGAL_ACCESS, STEPS, FaultInjector, copies_across
+
+Answer = list[tuple[list[int], str | None]]
+
+KINDS = 400  # distinct requests, each asked often: the prefix cache has something to find
+OUTSTANDING = 48
+LIFE_REQUESTS, LIVES_IN_MINUTES = 500, 4
+BAD_STOP = "\0no such text"  # looking for it makes the tokenizer raise
+LATE_S = 0.005
+MISTAKES: list[tuple[Any, Any]] = [([], None), ([-1], None), ([1] * 10**5, None), ([1], {"n": 0}), ("x", {"top_p": 2})]
+CPU_OPTIONS = {"max_model_len": 512, "kvcache_block_size": 16, "num_kvcache_blocks": (24, 28), "max_num_seqs": 8}
+GPU_OPTIONS = {"max_model_len": 2048, "num_kvcache_blocks": (160, 200), "max_num_seqs": 64}
+
+
+class Kind(NamedTuple):
+    """A request that may be asked again."""
+
+    prompt: list[int]
+    params: SamplingParams
+
+
+def make_kinds(rng: random.Random, count: int, vocab_size: int, longest: int, with_text: bool) -> list[Kind]:
+    """Prompts from a few stems; all have a seed, so that sampled answers can be compared as well."""
+    stems = [[rng.randrange(3, vocab_size) for _ in range(longest)] for _ in range(6)]
+    prompts = [
+        rng.choice(stems)[: rng.randrange(longest)]
+        + [rng.randrange(3, vocab_size) for _ in range(rng.randrange(1, 20))]
+        for _ in range(KINDS)
+    ]
+    return [Kind(prompt, make_params(rng, number, with_text)) for number, prompt in enumerate(prompts)]
+
+
+def make_params(rng: random.Random, number: int, with_text: bool) -> SamplingParams:
+    stops: list[Any] = [None, None, None, ["\n\n"], ["e"], ["self", ")"]]
+    stop = BAD_STOP if rng.random() < 0.02 else rng.choice(stops)
+    temperature = rng.choice([0.0, 0.0, 0.8])
+    return SamplingParams(
+        temperature=temperature,
+        n=rng.choice([1, 1, 2]) if temperature else 1,
+        seed=number,
+        max_tokens=rng.choice([1, 4, 16, 48]),
+        stop=stop if with_text else None,
+        top_p=rng.choice([1.0, 1.0, 0.9]),
+        repetition_penalty=rng.choice([1.0, 1.0, 1.2]),
+        ignore_eos=rng.random() < 0.5,
+    )
+
+
+class Faults:
+    """What goes wrong in one engine's life. Called in the threads that launch."""
+
+    def __init__(self, llm: LLM, rng: random.Random, share: float, ending: str | None) -> None:
+        self._llm, self._rng, self._share, self._ending = llm, rng, share, ending
+        self.counts: Counter[str] = Counter()
+        self.due = threading.Event()  # the card or the context may go
+        injector = FaultInjector(llm)
+        injector.before, injector.after = self._before, self._after
+
+    def _before(self, entry: str, shard: Any) -> None:
+        if entry in STEPS and self._ending is not None and self.due.is_set():
+            self._end()
+        if not copies_across(entry, shard):
+            return
+        # A tenth of those that fail never succeed, however often they are tried.
+        for_ever = hashlib.blake2b(str(shard.copy).encode()).digest()[0] < 25.6 * self._share
+        if for_ever or self._rng.random() < self._share:
+            self.counts["copy failed"] += 1
+            raise RuntimeError("soak: no link")
+        if self._rng.random() < self._share:
+            self.counts["copy late"] += 1
+            time.sleep(LATE_S)
+
+    def _end(self) -> None:
+        ending, self._ending = self._ending, None
+        self.counts[f"{ending} lost"] += 1
+        raise RuntimeError(ILLEGAL_ACCESS if ending == "context" else "soak: a bug")
+
+    def _after(self, entry: str, shard: Any, handle: Any) -> None:
+        runners = self._llm.prefill_runner, self._llm.decode_runner
+        if copies_across(entry, shard) and runners[0].device.type == "cpu" and self._rng.random() < self._share:
+            self.counts["copy damaged"] += 1
+            _, block = self._rng.choice(shard.block_pairs)
+            runners[shard.dst].kv_cache.blocks[block][-1, 1, 0] += 1.0
+
+
+class Life:
+    """One engine, its requests, and what became of each."""
+
+    def __init__(self, llm: LLM, kinds: list[Kind], rng: random.Random, faults: Faults, failing: float) -> None:
+        self._llm, self._kinds, self._rng, self._faults = llm, kinds, rng, faults
+        self._failing = failing
+        self._asked: dict[str, int] = {}  # outstanding: which kind
+        self.ended: Counter[str] = Counter()
+        self.num_asked = 0
+        self.answers: list[tuple[int, Answer]] = []
+
+    def run(self, num_requests: int, until_s: float) -> None:
+        """Ask and collect until so many were asked, or the time is over; then wait for the rest."""
+        stop = threading.Event()
+        aborter = threading.Thread(target=self._abort_some, args=(stop,), daemon=True)
+        aborter.start()
+        begun_s = time.monotonic()
+        try:
+            while self.num_asked < num_requests and time.monotonic() < until_s:
+                self._ask()
+                half = self.num_asked > num_requests // 2 or time.monotonic() > (begun_s + until_s) / 2
+                if half:
+                    self._faults.due.set()
+                while len(self._asked) >= OUTSTANDING:
+                    self._collect()
+            while self._asked:
+                self._collect()
+        except EngineDeadError:
+            self.ended["engine dead"] += len(self._asked)
+            self._asked.clear()
+        finally:
+            stop.set()
+            aborter.join()
+
+    def _ask(self) -> None:
+        if self._rng.random() < self._failing:
+            self._ask_wrongly()
+        if self._rng.random() < self._failing:
+            self._walk_away()
+        number = self._rng.randrange(len(self._kinds))
+        self.num_asked += 1
+        kind = self._kinds[number]
+        try:
+            self._asked[self._llm.add_request(kind.prompt, kind.params)] = number
+        except EngineDeadError:
+            self.ended["engine dead"] += 1
+            raise
+
+    def _ask_wrongly(self) -> None:
+        prompt, changes = self._rng.choice(MISTAKES)
+        try:
+            self._llm.add_request(prompt, SamplingParams(**changes) if changes else None)
+        except ValueError:
+            self._faults.counts["mistake refused"] += 1
+        else:
+            raise AssertionError(f"{prompt!r:.50} with {changes} was let in")
+
+    def _walk_away(self) -> None:
+        """A consumer that raises in the middle of a stream."""
+        stream = self._llm.stream(self._rng.choice(self._kinds).prompt, SamplingParams(max_tokens=40, ignore_eos=True))
+        next(stream)
+        stream.close()
+        self._faults.counts["consumer gone"] += 1
+
+    def _abort_some(self, stop: threading.Event) -> None:
+        rng = random.Random(self._rng.random())
+        while not stop.wait(0.02):
+            outstanding = list(self._asked)
+            if outstanding and rng.random() < 5 * self._failing:
+                self._llm.abort(rng.choice(outstanding))
+
+    def _collect(self) -> None:
+        for output in self._llm.step():
+            if output.finished:
+                self._take(self._asked.pop(output.request_id), output)
+
+    def _take(self, number: int, output: RequestOutput) -> None:
+        for answer in output.outputs:
+            assert (answer.finish_reason == "error") == (answer.error is not None), output
+        reasons = {answer.finish_reason for answer in output.outputs}
+        self.ended[next((r for r in ("error", "abort") if r in reasons), "by itself")] += 1
+        self.answers.append((number, answer_of(output)))
+
+
+def answer_of(output: RequestOutput) -> Answer:
+    return [(answer.token_ids, answer.finish_reason) for answer in output.outputs]
+
+
+def count_equal(answers: list[tuple[int, Answer]], reference: list[Answer]) -> tuple[int, int]:
+    """(equal, different) answers; those that were cut off count as far as they go."""
+    equal = different = 0
+    for number, got in answers:
+        for (tokens, reason), (full, full_reason) in zip(got, reference[number], strict=True):
+            cut_off = reason in ("abort", "error")
+            same = tokens == full[: len(tokens)] if cut_off else (tokens, reason) == (full, full_reason)
+            equal, different = equal + same, different + (not same)
+    return equal, different
+
+
+def check_nothing_left(llm: LLM) -> None:
+    """After closing: exactly zero of everything."""
+    engine, scheduler = llm._engine, llm._engine.scheduler
+    scheduler.check_integrity()
+    assert scheduler.idle and not scheduler.handoff.pending, scheduler.describe()
+    assert engine.executor.num_in_flight == 0 and not engine.has_unfinished()
+    for card, manager in scheduler.managers.items():
+        assert manager.num_free_blocks == manager.num_blocks, f"card {card}: {scheduler.describe()}"
+        assert manager.num_retired_blocks == 0
+
+
+def break_tokenizers() -> None:
+    """From now on, looking for BAD_STOP fails at the fourth token, in this process."""
+    push = StopWatcher.push
+
+    def push_or_raise(self: StopWatcher, token: int, search: bool) -> str | None:
+        if BAD_STOP in self._stop and len(self._detokenizer._ids) == 3:
+            raise UnicodeError("soak: no text")
+        return push(self, token, search)
+
+    StopWatcher.push = push_or_raise  # type: ignore[method-assign]
+
+
+def break_logits(rng: random.Random, share: float) -> None:
+    """From now on, a row's logits are sometimes no numbers, where plain torch draws (on CPU cards)."""
+    sample = model_runner.sample
+
+    def spoil(logits: torch.Tensor, batch: Any) -> torch.Tensor:
+        if rng.random() < share:
+            logits[rng.randrange(len(logits))] = torch.nan
+        return sample(logits, batch)
+
+    model_runner.sample = spoil  # type: ignore[attr-defined]
+
+
+def options_of(args: argparse.Namespace, number: int = 0) -> dict[str, Any]:
+    """Of the engine with this number."""
+    options: dict[str, Any] = {"enable_two_gpu_pd": True, "pd_roles": ("strict", "elastic")[number // 2 % 2]}
+    if not args.shape:
+        return options | CPU_OPTIONS | {"device": "cpu", "verify_copies": True, "max_num_batched_tokens": 128}
+    one = {} if args.two_gpus else {"device": "cpu"}
+    return options | GPU_OPTIONS | {"load_format": "dummy"} | one
+
+
+def reference_of(folder: str, options: dict[str, Any], kinds: list[Kind]) -> list[Answer]:
+    """The same requests, nothing going wrong, and all of them at once."""
+    with LLM(folder, **options) as llm:
+        outputs = llm.generate([k.prompt for k in kinds], [k.params for k in kinds], use_tqdm=False)
+        return [answer_of(output) for output in outputs]
+
+
+def live(args: argparse.Namespace, folder: str, kinds: list[Kind], number: int, left: int, until_s: float) -> Any:
+    """One engine's life: its counts and its answers."""
+    rng = random.Random(f"{args.seed} {number}")
+    ending = {1: "card", 3: "context"}.get(number % 4)
+    options = options_of(args, number)
+    with LLM(folder, **options) as llm:
+        faults = Faults(llm, rng, args.faults, ending)
+        life = Life(llm, kinds, rng, faults, args.faults)
+        life.run(left, until_s)
+        stats = llm.stats()
+    check_nothing_left(llm)
+    assert sum(life.ended.values()) == life.num_asked, f"{life.ended} of {life.num_asked}"
+    names = ("copy_retries", "prefilled_again", "evacuations", "recomputes")
+    counts = Counter({name: stats[name] for name in names}) + Counter(life.ended) + faults.counts
+    counts.update({f"errors: {kind}": count for kind, count in stats["errors"].items() if count})
+    counts["requests"] = life.num_asked
+    print(f"life {number}, {options['pd_roles']}, {ending or 'nothing'} lost: {dict(counts)}", flush=True)
+    return counts, life.answers
+
+
+def soak(args: argparse.Namespace, folder: str) -> dict[str, Any]:
+    options = options_of(args)
+    rng, started_s = random.Random(args.seed), time.monotonic()
+    with_text = not args.shape
+    kinds = make_kinds(rng, min(KINDS, args.requests), 4000, 200 if with_text else 700, with_text)
+    reference = reference_of(folder, options, kinds)  # before anything is broken
+    break_tokenizers()
+    if with_text:
+        break_logits(random.Random(args.seed), args.faults / 40)
+    begun_s = time.monotonic()
+    end_s = begun_s + 60 * args.minutes if args.minutes else float("inf")
+    totals: Counter[str] = Counter()
+    equal = different = number = 0
+    while totals["requests"] < args.requests and time.monotonic() < end_s:
+        left = min(args.requests - totals["requests"], LIFE_REQUESTS if not args.minutes else 10**9)
+        until_s = min(end_s, time.monotonic() + 60 * args.minutes / LIVES_IN_MINUTES) if args.minutes else 1e18
+        counts, answers = live(args, folder, kinds, number, left, until_s)
+        release_memory()
+        same, other = count_equal(answers, reference)
+        totals.update(counts)
+        equal, different, number = equal + same, different + other, number + 1
+    figures = {"lives": number, "answers_equal": equal, "answers_different": different, "totals": dict(totals)}
+    return figures | {"seconds": time.monotonic() - begun_s, "reference_seconds": begun_s - started_s}
+
+
+def release_memory() -> None:
+    """Of the engine before, for the next one."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=10**9, help="in all")
+    parser.add_argument("--minutes", type=float, default=0.0, help="0: no limit")
+    parser.add_argument("--faults", type=float, default=0.02, help="share of copies, and of requests, that go wrong")
+    parser.add_argument("--shape", choices=SHAPES, help="published sizes, random weights; left out: the demo model")
+    parser.add_argument("--two-gpus", action="store_true", help="with --shape; left out: two CPU cards")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if not args.minutes and args.requests == 10**9:
+        parser.error("give --requests or --minutes")
+    logging.getLogger("nanovllm").setLevel(logging.ERROR)  # hundreds of warnings are what is asked for
+    with ExitStack() as stack:
+        folder = DEMO_MODEL
+        if args.shape:
+            folder = str(write_shape(Path(stack.enter_context(tempfile.TemporaryDirectory())), args.shape))
+        figures = soak(args, folder)
+    wrong = not args.two_gpus and figures["answers_different"] > 0
+    print(json.dumps(figures | {"arguments": vars(args), "ok": not wrong}))
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
