@@ -14,7 +14,7 @@ SLOTS = 64
 
 
 def second_token_ms(monkeypatch: pytest.MonkeyPatch, seconds: float, **options: Any) -> float:
-    """The longest wait for a second token, of requests that come for so long at more than the rate that two cards serve."""
+    """The longest wait for a second token, of requests that come for so long, faster than two cards serve them."""
     waits: list[float] = []
     figures = simulate_load.figures
 
