@@ -181,7 +181,9 @@ class LLM:
     def stats(self) -> dict[str, Any]:
         """Queue lengths and blocks by card now; since the start: tokens, steps, device seconds and busy share by card,
         copies (blocks, bytes, seconds), evacuations, recomputes, write-backs, pauses, prompt tokens and cached ones; of
-        answers: ends by reason, latencies; of the decode pipeline: its statistics; `lent_sms`: (decode, prompts)."""
+        answers: how many ended for which reason, their latencies; of the decode pipeline: its statistics; `lent_sms`:
+        (decode, prompts); of faults: errors by kind, copies tried and prompts prefilled again, `degraded`: why one card
+        goes on alone, or None."""
         return _stats(self._engine, self.decode_runner)
 
     def start_metrics_server(self, port: int = 0, host: str = "127.0.0.1") -> MetricsServer:
@@ -346,7 +348,7 @@ class _Increment:
         self._num_tokens += len(ids)
         self._ended = ended
         text = self._piece(completion, ids) if with_text else ""
-        yield StreamOutput(text, ids, self._index, completion.finish_reason)
+        yield StreamOutput(text, ids, self._index, completion.finish_reason, completion.error)
 
     def _piece(self, completion: Any, ids: list[int]) -> str:
         if completion.finish_reason is not None:

@@ -148,12 +148,14 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True)
 class StreamOutput:
-    """An increment of one answer: what is new since the last one. `str()` of it is its text."""
+    """An increment of one answer: what is new since the last one. `str()` of it is its text. `error`: why, where
+    `finish_reason` is "error"."""
 
     text: str
     token_ids: list[int]
     index: int = 0
     finish_reason: str | None = None
+    error: str | None = None
 
     def __str__(self) -> str:
         return self.text

@@ -453,8 +453,10 @@ def test_an_error_is_one_line_of_bounded_length() -> None:
     assert len(describe(ValueError("x" * 9999))) == 500
 
 
-def test_logging_says_that_a_request_failed(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stream_and_the_log_say_why_a_request_failed(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "nanovllm")
     with scripted() as scripts:
+        last = list(llm.stream([1], SamplingParams(seed=scripts.write([7, 7, NO_TOKEN]), max_tokens=9)))[-1]
+        assert (last.finish_reason, last.error) == ("error", "the model's logits are no numbers")
         llm.generate([1], SamplingParams(seed=scripts.write([NO_TOKEN]), max_tokens=2), use_tqdm=False)
     assert "the model's logits are no numbers" in caplog.text
