@@ -179,11 +179,9 @@ class LLM:
         return self._engine.has_unfinished(self._steps)
 
     def stats(self) -> dict[str, Any]:
-        """Queue lengths and blocks by card now; since the start: tokens, steps, device seconds and busy share by card,
-        copies (blocks, bytes, seconds), evacuations, recomputes, write-backs, pauses, prompt tokens and cached ones; of
-        answers: how many ended for which reason, their latencies; of the decode pipeline: its statistics; `lent_sms`:
-        (decode, prompts); of faults: errors by kind, copies tried and prompts prefilled again, `degraded`: why one card
-        goes on alone, or None."""
+        """Now: queue lengths, blocks by card, `lent_sms`: (decode, prompts), `degraded`: why one card goes on alone, or
+        None. Since the start: tokens, steps, device seconds, busy share by card, copies, moves, pauses, prompt tokens and
+        cached ones, answers by end, latencies, errors by kind, what was tried or prefilled again; the pipeline's own."""
         return _stats(self._engine, self.decode_runner)
 
     def start_metrics_server(self, port: int = 0, host: str = "127.0.0.1") -> MetricsServer:
@@ -218,7 +216,7 @@ class LLM:
         if self._metrics_server is not None:
             self._metrics_server.close()
         self._finalizer()
-        if not self._engine.hung:  # else this would wait for the card that hangs
+        if not self._engine.hung:  # else this would hang, too
             self.decode_runner.close_pipeline()
 
     def __enter__(self) -> LLM:

@@ -266,4 +266,3 @@ class ThreadedExecutor(Executor):
             worker.end()
         for worker in workers:
             worker.join(max(0.0, until_s - time.perf_counter()))
-        self._completed.clear()  # results that nobody will take, and with them the buffers that they would be read from
