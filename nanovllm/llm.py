@@ -179,9 +179,9 @@ class LLM:
         return self._engine.has_unfinished(self._steps)
 
     def stats(self) -> dict[str, Any]:
-        """Now: queue lengths, blocks by card, `lent_sms`: (decode, prompts), `degraded`: why one card goes on alone, or
-        None. Since the start: tokens, steps, device seconds, busy share by card, copies, moves, pauses, prompt tokens and
-        cached ones, answers by end, latencies, errors by kind, what was tried or prefilled again; the pipeline's own."""
+        """Now: queue lengths, blocks by card, `lent_sms`: (decode, prompts), `degraded`: why one card goes on alone.
+        Since the start: tokens, steps, device seconds, busy share by card, copies, moves, pauses, prompt tokens, cached
+        ones, answers by end, latencies, errors by kind, what was tried or prefilled again; the pipeline's own."""
         return _stats(self._engine, self.decode_runner)
 
     def start_metrics_server(self, port: int = 0, host: str = "127.0.0.1") -> MetricsServer:
