@@ -6,6 +6,7 @@ told by its name and its text.
 
 from __future__ import annotations
 
+from collections import Counter
 from enum import Enum
 
 from nanovllm.engine.executor import Job
@@ -14,9 +15,12 @@ from nanovllm.engine.shards import CopyShard, Shard
 COPY_RETRIES = 2  # of one copy; then what waits for it is prefilled again
 BROKEN_LINK_COPIES = 3  # given up in a row: then the link is taken for broken
 # A device's error is survived only if it says one of these: then the call was refused, and the context is as it was.
-REFUSED = ("out of memory", "peer access", "invalid argument", "not supported")
+REFUSED = ("out of memory", "ALLOC_FAILED", "peer access", "invalid argument", "not supported", "NOT_SUPPORTED")
 # What an error of the context says; anything launched on it fails from then on.
-STICKY = ("CUDA error", "CUDA_ERROR", "illegal memory access", "device-side assert", "launch failure", "misaligned")
+STICKY = (
+    *("CUDA error", "CUDA_ERROR", "Triton Error [CUDA]"),
+    *("illegal memory access", "device-side assert", "launch failure", "misaligned"),
+)
 
 
 class Verdict(Enum):
@@ -39,7 +43,7 @@ class Faults:
         self.any = False  # whether there was a failure: only then has anybody to look closer
         self.copy_retries = 0
         self._failures: dict[int, int] = {}  # by copy in flight: how often it has failed
-        self._given_up = 0  # copies, since the last that arrived
+        self._given_up: Counter[tuple[int, int]] = Counter()  # copies of each link, since its last that arrived
 
     def judge(self, job: Job) -> Verdict:
         """What to do about a job that failed. For LOSE_CARD, `lost_card` and `cause` say which and why."""
@@ -56,7 +60,7 @@ class Faults:
         """It succeeded; if it is a copy, the link works."""
         if isinstance(shard, CopyShard):
             self._failures.pop(shard.copy, None)
-            self._given_up = 0
+            self._given_up[shard.src, shard.dst] = 0
 
     def _judge_copy(self, shard: CopyShard, error: BaseException) -> Verdict:
         failures = self._failures.pop(shard.copy, 0) + 1
@@ -64,8 +68,9 @@ class Faults:
             self._failures[shard.copy] = failures
             self.copy_retries += 1
             return Verdict.RETRY
-        self._given_up += 1
-        if self._given_up < BROKEN_LINK_COPIES:
+        link = shard.src, shard.dst
+        self._given_up[link] += 1
+        if self._given_up[link] < BROKEN_LINK_COPIES:
             return Verdict.PREFILL_AGAIN
         # Of two cards, the one that decodes goes on: it has the most sequences.
         lost = shard.src if shard.src == shard.dst else 0
