@@ -216,7 +216,7 @@ class LLM:
         if self._metrics_server is not None:
             self._metrics_server.close()
         self._finalizer()
-        if not self._engine.hung:  # else this would hang, too
+        if self._engine.may_use_cards:  # else this would hang, or fail, too
             self.decode_runner.close_pipeline()
 
     def __enter__(self) -> LLM:

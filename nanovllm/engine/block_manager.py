@@ -192,6 +192,12 @@ class BlockManager:
         """How many of these blocks nobody owns (acquiring them takes them from the free list)."""
         return sum(self._refs[block] == 0 for block in blocks)
 
+    def distrust(self, block_hash: BlockHash) -> None:
+        """Whatever holds these contents is not found by them any more: it does not hold them. Its owners keep it."""
+        block = self._by_hash.get(block_hash.value)
+        if block is not None:
+            self._forget(block)
+
     def _forget(self, block: int) -> None:
         old = self._hashes[block]
         if old is not None:

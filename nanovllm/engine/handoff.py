@@ -310,6 +310,12 @@ class Handoff:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
+    def distrust(self, sequence: Sequence) -> None:
+        """Its blocks, and those shared with it, hold something else than their hashes say: nobody is to find them."""
+        for block_hash in self._hashes(sequence, len(sequence.tokens) // self.block_size):
+            for manager in self.managers.values():
+                manager.distrust(block_hash)
+
     def _hashes(self, sequence: Sequence, num_blocks: int) -> list[BlockHash]:
         return sequence.hashes(num_blocks, self.block_size) if self.prefix_caching else []
 

@@ -261,6 +261,7 @@ class LLMEngine:
             return
         if sequence.tokens[-1] == NO_TOKEN:
             self._fail(sequence.request, "logits", "the model's logits are no numbers")
+            self.scheduler.handoff.distrust(sequence)  # the cause may be in a block that others would share
             return
         try:
             reason, stop_reason = stop_of(sequence)
@@ -338,6 +339,11 @@ class LLMEngine:
             self.scheduler.recovery.clear()
         except Exception:  # the plan itself was what failed: callers must hear of it all the same
             logger.exception("what the engine held could not be let go of")
+
+    @property
+    def may_use_cards(self) -> bool:
+        """Whether the cards can be told anything more: no worker hangs, and no error has left them unusable."""
+        return not self.hung and not (isinstance(self._error, Exception) and is_sticky(self._error))
 
     def _forget_rest(self) -> None:
         """What the workers completed since the loop ended, and what it ended with, lets go of its blocks."""

@@ -373,6 +373,58 @@ def test_logits_that_are_no_numbers_end_one_request(
     settle(llm)
 
 
+@pytest.mark.parametrize("two", [False, True])
+def test_blocks_of_a_failed_answer_are_found_by_nobody(
+    folder: Path, two: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt's pages are spoilt once, on card 0: its own answer fails, and all that follow are computed anew."""
+    prompt, options = [7] * 70, {"enable_two_gpu_pd": two, "max_num_batched_tokens": 128}
+    with make_llm(folder, **options) as llm:
+        whole = llm.generate([prompt], GREEDY, use_tqdm=False)[0]["token_ids"]
+    with make_llm(folder, **options) as llm:
+        model, pages = llm.prefill_runner.model, llm.prefill_runner.kv_cache.pages
+        forward, spoilt = model.forward_prefill, []
+
+        def spoil(*arguments: Any, **keywords: Any) -> Any:
+            result = forward(*arguments, **keywords)
+            if not spoilt:
+                spoilt.append(True)
+                pages[pages.flatten(1).abs().sum(1) > 0] = float("nan")
+            return result
+
+        monkeypatch.setattr(model, "forward_prefill", spoil)
+        first, *others = (llm.generate([p], GREEDY, use_tqdm=False)[0] for p in (prompt, prompt, [*prompt[:48], 9]))
+        assert spoilt and first.outputs[0].finish_reason == "error" and errors_of(llm) == {"logits": 1}
+        assert others[0]["token_ids"] == whole and others[1].outputs[0].finish_reason == "length"
+        settle(llm)
+    check_books(llm)
+
+
+class BrokenLane:
+    """What `close` of a lane does once the context is unusable."""
+
+    closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+        raise RuntimeError(ILLEGAL_ACCESS)
+
+
+def test_closing_after_a_sticky_error_leaves_the_card_alone(folder: Path) -> None:
+    """The caller gets the engine's error, not another one from giving back what nobody can any more."""
+    lane: Any = BrokenLane()
+    with pytest.raises(EngineDeadError, match="illegal memory access"), make_llm(folder, enable_two_gpu_pd=True) as llm:
+        llm.decode_runner.pipeline = lane
+        FaultInjector(llm).before = Times(1, steps_of(1), fails(RuntimeError(ILLEGAL_ACCESS)))
+        llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    llm.close()
+    assert lane.closed == 0
+    llm.decode_runner.lending = lane
+    with pytest.raises(RuntimeError):
+        llm.decode_runner.close_pipeline()  # as an engine that was alive would
+    assert lane.closed == 1 and llm.decode_runner.pipeline is None and llm.decode_runner.lending is None
+
+
 def test_siblings_of_a_failed_answer_end_with_it(llm: LLM) -> None:
     with scripted() as scripts:
         seed = scripts.write([5, NO_TOKEN], index=1)
@@ -409,6 +461,14 @@ def test_copies_are_retried_given_up_and_blamed_on_the_link() -> None:
     assert faults.judge(failed(PrefillShard(1, 1, ()))) is Verdict.DIE
 
 
+def test_a_link_that_works_excuses_no_other() -> None:
+    faults = Faults(2)
+    for number in range(BROKEN_LINK_COPIES):
+        faults.arrived(copy(100 + number, 1, 0))
+        verdicts = [faults.judge(failed(copy(number))) for _ in range(1 + COPY_RETRIES)]
+    assert verdicts[-1] is Verdict.LOSE_CARD
+
+
 def test_of_a_copy_within_a_card_that_card_is_blamed() -> None:
     faults = Faults(2)
     verdicts = [faults.judge(failed(copy(n // (1 + COPY_RETRIES), 1, 1))) for n in range(9)]
@@ -436,6 +496,9 @@ class OutOfMemoryError(RuntimeError):
         (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), False),
         (AcceleratorError("CUDA error: peer access is not supported between these two devices"), False),
         (RuntimeError("Triton Error [CUDA]: out of memory"), False),
+        (RuntimeError("Triton Error [CUDA]: an illegal instruction was encountered"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul`"), False),
         (ValueError("shapes differ"), False),
         (KeyboardInterrupt(), True),
         (SystemExit(3), True),
