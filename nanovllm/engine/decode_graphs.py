@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.kv_cache import KVCache
-from nanovllm.engine.prefill_graphs import MAX_SEQUENCES
 from nanovllm.engine.slot_packets import SlotPackets
 from nanovllm.engine.slot_state import ALIVE, MIN_TOKENS, SlotState
+from nanovllm.engine.step_sizes import MAX_SEQUENCES
 from nanovllm.kernels.decode_state import advance, gather_inputs
 from nanovllm.layers.attention import AttentionBackend, DecodeMetadata
 from nanovllm.layers.draw import draw

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.decode_graphs import DecodeGraphs
-from nanovllm.engine.prefill_graphs import MAX_SEQUENCES, ChunkBatch, PrefillBuffers
-from nanovllm.engine.step_sizes import captured_sizes
+from nanovllm.engine.prefill_graphs import ChunkBatch, PrefillBuffers
+from nanovllm.engine.step_sizes import MAX_SEQUENCES, captured_sizes
 from nanovllm.layers.attention import MixedMetadata
 
 

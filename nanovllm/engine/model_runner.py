@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.kv_cache import CopyHandle, KVCache
-from nanovllm.engine.prefill_graphs import MAX_SEQUENCES, ChunkBatch, PrefillGraphs
+from nanovllm.engine.prefill_graphs import ChunkBatch, PrefillGraphs
 from nanovllm.engine.rehearsal import rehearse_products
 from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillChunk, PrefillShard, SamplingRow
 from nanovllm.engine.slot_state import SlotState, fill_seen, sampling_floats, slot_integers
 from nanovllm.engine.step_handle import StepHandle, timed_event
+from nanovllm.engine.step_sizes import MAX_SEQUENCES
 from nanovllm.engine.verified_copies import VerifiedCopy
 from nanovllm.layers.attention import DecodeMetadata, MixedMetadata, PrefillMetadata
 from nanovllm.layers.host import PinnedIds, reserve_pinned, to_device
@@ -232,10 +233,10 @@ class ModelRunner:
 
     def close_pipeline(self) -> None:
         """Give the card's partitions back, those of which one is lent, too. No step may run any more."""
-        for user in (self.pipeline, self.lending):
+        users, self.pipeline, self.lending = (self.pipeline, self.lending), None, None  # also where closing fails
+        for user in users:
             if user is not None:
                 user.close()
-        self.pipeline = self.lending = None
 
     @property
     def lent_sms(self) -> tuple[int, int] | None:
@@ -331,13 +332,13 @@ class ModelRunner:
         return logits_SV[: len(sampled)] if one_each else logits_SV[self._int64(sampled)]
 
     def _first_tokens(self, logits: Tensor, rows: list[SamplingRow]) -> Tensor:
-        """Sampled ids of prompts' last chunks. Where kernels draw, penalties change the logits, and logits that are no
-        numbers are not found before the next id is drawn."""
+        """Sampled ids of prompts' last chunks, NO_TOKEN where none could be drawn. Where kernels draw, penalties change
+        the logits."""
         if not rows:
             return torch.empty(0, dtype=torch.int64, device=self.device)
-        if not self._has_kernels:
-            return mark_undrawn_(sample(logits, self._first_token_batch(rows)), logits)
-        return self._draw_first_tokens(logits, rows)
+        kernels = self._has_kernels
+        ids = self._draw_first_tokens(logits, rows) if kernels else sample(logits, self._first_token_batch(rows))
+        return mark_undrawn_(ids, logits)
 
     def _first_token_batch(self, rows: list[SamplingRow]) -> SamplingBatch:
         return SamplingBatch.from_params(

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from nanovllm.engine.kv_cache import KVCache
 from nanovllm.engine.shards import PrefillShard
+from nanovllm.engine.step_sizes import MAX_SEQUENCES
 from nanovllm.layers.attention import AttentionBackend, PrefillMetadata
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
-MAX_SEQUENCES = 32
 TOKEN_SIZES = (64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 # A step of more arithmetic keeps a card busy for longer than some 10 ms, which its launches take from Python.
 LAUNCH_BOUND_FLOPS = 1e13

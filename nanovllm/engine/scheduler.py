@@ -35,7 +35,7 @@ from nanovllm.engine.shards import (
     Shard,
     StepResult,
 )
-from nanovllm.engine.step_sizes import LENT_TOKENS, tokens_within
+from nanovllm.engine.step_sizes import LENT_TOKENS, MAX_SEQUENCES, tokens_within
 from nanovllm.engine.stopwatch import Stopwatch
 
 PREFILL_STEPS_IN_FLIGHT = 2  # one computes, one waits in the card's queue: the host never starves the card
@@ -158,6 +158,8 @@ class Scheduler:
         chosen: list[tuple[PrefillGroup, int]] = []
         for group in self._prefill_candidates(card, lent) if budget_tokens else ():
             if chosen and len(group.sequences) > budget_rows:  # each samples: bounds the logits of a step
+                break
+            if lent and len(chosen) == MAX_SEQUENCES:  # more would be launched eagerly, and not told of its SMs
                 break
             count = min(budget_tokens, group.num_tokens - group.num_launched_tokens)
             chosen.append((group, count))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 STEP_TOKENS = (256, 512, 1024, 2048)  # prompts' tokens and decode rows; all but the last are captured
 MIN_CHUNK_TOKENS = 64
+MAX_SEQUENCES = 32  # prompts of a captured step
 MIN_BUCKET = 16
 MAX_BUCKETS = 6  # of rows; each is captured with up to three numbers of tokens, and that takes time at start-up
 LENT_TOKENS = (512, 1024, 2048)  # prompts' tokens of a step on SMs that a decode card lends; the last one: at most

@@ -19,6 +19,7 @@ from nanovllm.engine.executor import ThreadedExecutor
 from nanovllm.engine.pace import Pace
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillShard, Shard
+from nanovllm.engine.step_sizes import MAX_SEQUENCES
 from tests.cpu.test_executor import FakeHandle, FakeRunner, bounded, collect
 from tests.cpu.test_roles import of_card
 from tests.cpu.test_scheduler import SIZE, Plan
@@ -101,6 +102,19 @@ def test_prompts_beside_rows_are_lent_steps_and_rows_know_of_it() -> None:
     assert [shard.lent for shard in lent] == [True, True] and all(shard.num_tokens <= 8 for shard in lent)
     decode = [shard for shard in steps if isinstance(shard, DecodeShard)]
     assert decode and all(shard.beside_lent for shard in decode if shard.step > lent[0].step)
+    plan.drain()
+
+
+def test_a_lent_step_has_no_more_prompts_than_a_captured_one() -> None:
+    plan = LendingPlan(max_num_batched_tokens=120, max_num_seqs=256)
+    plan.scheduler = Scheduler(plan.scheduler.config, (2000, 2000), lends=True)
+    plan.add(6)
+    plan.fill()
+    for _ in range(200):
+        plan.add(3)
+    steps = of_card(plan.launch_all(Shard), 1)
+    lent = [len(shard.chunks) for shard in steps if isinstance(shard, PrefillShard) and shard.lent]
+    assert lent and max(lent) == MAX_SEQUENCES
     plan.drain()
 
 

@@ -46,9 +46,8 @@ triton = pytest.importorskip("triton", reason="captured decode steps hold Triton
 from nanovllm.engine import slot_packets, step_sizes  # noqa: E402
 from nanovllm.engine.decode_graphs import DecodeGraphs  # noqa: E402
 from nanovllm.engine.mixed_graphs import MixedGraphs  # noqa: E402
-from nanovllm.engine.prefill_graphs import MAX_SEQUENCES  # noqa: E402
 from nanovllm.engine.slot_packets import SlotPackets  # noqa: E402
-from nanovllm.engine.step_sizes import captured_sizes  # noqa: E402
+from nanovllm.engine.step_sizes import MAX_SEQUENCES, captured_sizes  # noqa: E402
 from nanovllm.kernels.packet import write_runs_reference  # noqa: E402
 
 VOCABULARY, BLOCK_SIZE, NUM_BLOCKS, NUM_SLOTS, MAX_MODEL_LEN = 97, 4, 160, 7, 64

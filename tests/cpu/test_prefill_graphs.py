@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from bench import SHAPES, write_shape
-from nanovllm.engine.prefill_graphs import MAX_SEQUENCES, ChunkBatch, PrefillGraphs, token_places, token_sizes
+from nanovllm.engine.prefill_graphs import ChunkBatch, PrefillGraphs, token_places, token_sizes
+from nanovllm.engine.step_sizes import MAX_SEQUENCES
 from nanovllm.models.model_config import load_model_config
 
 BLOCK_SIZE, NUM_BLOCKS, MAX_MODEL_LEN, VOCABULARY = 4, 50, 64, 11

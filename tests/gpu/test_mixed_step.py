@@ -18,8 +18,8 @@ import bench
 from nanovllm import DEMO_MODEL
 from nanovllm.engine.kv_cache import KVCache
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.prefill_graphs import MAX_SEQUENCES
 from nanovllm.engine.shards import MixedShard, PrefillShard, StepResult
+from nanovllm.engine.step_sizes import MAX_SEQUENCES
 from nanovllm.layers.attention import make_attention_backend
 from nanovllm.models.loader import load_model
 from nanovllm.models.model_config import load_model_config
