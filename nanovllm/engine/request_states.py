@@ -1,8 +1,7 @@
 """The states of a sequence and every legal move between them: one table, checked at each move.
 
-`by` names who may make the move. `limit_s` is how long a sequence may stay before that move: None where the wait
-is the caller's own load (a queue), a number where only the machine's progress is awaited: `Config.hang_limit_s`, for
-which the watchdog lets a worker stand still. Moves are checked.
+`by` names who may make the move. `by_machine`: what is awaited before it is a worker's progress, which the watchdog
+bounds by `Config.hang_limit_s`; else the wait is the caller's own load (a queue). Moves are checked.
 """
 
 from __future__ import annotations
@@ -25,46 +24,46 @@ class State(Enum):
 
 class Move(NamedTuple):
     by: str
-    limit_s: float | None
+    by_machine: bool
     when: str
 
 
-_MACHINE_S = 60.0  # one step or one copy, with a wide margin for a loaded CPU machine
-
 TRANSITIONS: dict[tuple[State, State], Move] = (
     {
-        (State.WAITING, State.PREFILLING): Move("admission", None, "blocks on both cards were taken, all at once"),
-        (State.PREFILLING, State.COPYING): Move("prefill result", _MACHINE_S, "the last chunk ended, copies have not"),
-        (State.PREFILLING, State.READY): Move("prefill result", _MACHINE_S, "the last chunk ended and all is resident"),
-        (State.COPYING, State.READY): Move("copy result", _MACHINE_S, "the last copy ended"),
-        (State.READY, State.DECODING): Move("decode admission", None, "a slot was free"),
-        (State.READY, State.EVACUATING): Move("decode card full", None, "it was the youngest"),
+        (State.WAITING, State.PREFILLING): Move("admission", False, "blocks on both cards were taken, all at once"),
+        (State.PREFILLING, State.COPYING): Move("prefill result", True, "the last chunk ended, copies have not"),
+        (State.PREFILLING, State.READY): Move("prefill result", True, "the last chunk ended and all is resident"),
+        (State.COPYING, State.READY): Move("copy result", True, "the last copy ended"),
+        (State.READY, State.DECODING): Move("decode admission", False, "a slot was free"),
+        (State.READY, State.EVACUATING): Move("decode card full", False, "it was the youngest"),
         (State.READY, State.WAITING): Move(
-            "both cards full, or fault", None, "it was the youngest, or its card was given up; its KV is computed again"
+            "both cards full, or fault",
+            False,
+            "it was the youngest, or its card was given up; its KV is computed again",
         ),
         (State.READY, State.RETURNING): Move(
-            "hand-off", None, "card 0 kept it; prompts queue and the decode card has room"
+            "hand-off", False, "card 0 kept it; prompts queue and the decode card has room"
         ),
-        (State.DECODING, State.RETURNING): Move("hand-off", None, "card 0 decoded it; as above"),
+        (State.DECODING, State.RETURNING): Move("hand-off", False, "card 0 decoded it; as above"),
         (State.DECODING, State.EVACUATING): Move(
-            "decode card full", None, "it was the youngest; or card 0 takes it over"
+            "decode card full", False, "it was the youngest; or card 0 takes it over"
         ),
         (State.DECODING, State.WAITING): Move(
-            "both cards full, or fault", None, "it was the youngest, or its card was given up; its KV is computed again"
+            "both cards full, or fault",
+            False,
+            "it was the youngest, or its card was given up; its KV is computed again",
         ),
-        (State.EVACUATING, State.EVACUATED): Move("copy result", _MACHINE_S, "the copy to the prefill card ended"),
-        (State.EVACUATING, State.READY): Move(
-            "copy result", _MACHINE_S, "it was taken over: card 0 decodes it from now on"
-        ),
-        (State.EVACUATED, State.RETURNING): Move("return admission", None, "the decode card has room again"),
-        (State.RETURNING, State.READY): Move("copy result", _MACHINE_S, "the copy back ended"),
+        (State.EVACUATING, State.EVACUATED): Move("copy result", True, "the copy to the prefill card ended"),
+        (State.EVACUATING, State.READY): Move("copy result", True, "it was taken over: card 0 decodes it from now on"),
+        (State.EVACUATED, State.RETURNING): Move("return admission", False, "the decode card has room again"),
+        (State.RETURNING, State.READY): Move("copy result", True, "the copy back ended"),
     }
     | {
-        (state, State.WAITING): Move("fault", None, "a copy or a card was given up; its prompt is prefilled again")
+        (state, State.WAITING): Move("fault", False, "a copy or a card was given up; its prompt is prefilled again")
         for state in (State.PREFILLING, State.COPYING, State.EVACUATING, State.EVACUATED, State.RETURNING)
     }
     | {
-        (state, State.FINISHED): Move("engine", None, "stop, length, abort or error")
+        (state, State.FINISHED): Move("engine", False, "stop, length, abort or error")
         for state in State
         if state is not State.FINISHED
     }
