@@ -130,6 +130,7 @@ class LLMEngine:
             self._die(EngineDeadError("closed"))
         self.executor.close(limit_s)  # last: it waits for what the cards run now, callers need not
         if self._owns_plan:
+            self._clear_plan()  # by now at the latest: a loop that was given up as hung has had it till here
             self._forget_rest()
 
     # -- the loop, one thread
