@@ -2,11 +2,12 @@
 
     python tools/bench_auto.py --shapes 0.6b,8b,14b            # one GPU, nanovllm on PYTHONPATH
 
-Of each case, graphs of the ways that the roofline lets win are captured, and the engine's own choice (ChoiceRules) is
-fed the time of each replay until it has decided. Then rounds of the sequential graph twice and the chosen one, in turn:
-`ratio` is sequential / chosen, `noise` sequential / sequential, medians and extremes of `--repeats` rounds of
-`--replays` replays each. Steps that explored are counted apart, with what they cost more than as many sequential ones.
-Cases whose pages do not fit are named as such. The last line is one JSON object.
+Of each case, graphs of the ways that the roofline lets win are captured. On a card that has run the sequential one
+for `--settle-s` (a rested one has a higher clock), the engine's own choice (ChoiceRules) is fed the time of each
+replay until it has decided. Then rounds of the sequential graph twice and the chosen one, in turn: `ratio` is
+sequential / chosen, `noise` sequential / sequential, medians and extremes of `--repeats` rounds of `--replays`
+replays each. Steps that explored are counted apart, with what they cost more than as many sequential ones. Cases
+whose pages do not fit are named as such. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from bench_pipeline import (
     make_setup,
     pipelined,
     relative_rms,
+    replay_for,
     time_ms,
 )
 
@@ -44,7 +46,7 @@ from nanovllm.engine.pipeline_choice import SEQUENTIAL, PlaceChoice
 from nanovllm.engine.pipeline_roofline import roofline_can_win
 from nanovllm.engine.pipeline_ways import auto_counts
 
-GRID = "16,64,256,512,1024", "256,1024,4096"
+GRID = "16,64,256,512,1024", "256,512,1024,4096"
 SPARE_BYTES = 8 << 30  # for graphs, logits and activations
 
 
@@ -72,6 +74,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--shapes", default="0.6b,8b,14b")
     parser.add_argument("--batches", default=GRID[0])
     parser.add_argument("--contexts", default=GRID[1])
+    parser.add_argument("--settle-s", type=float, default=1.0)
     parser.set_defaults(no_alone=True)
     return parser.parse_args()
 
@@ -102,6 +105,8 @@ def measure(model: Any, ways: list[Way], case: Case, args: argparse.Namespace) -
 def decide(setup: Setup, ways: list[Way], args: argparse.Namespace) -> dict[str, Any]:
     """Capture, let the choice be made, and measure it."""
     graphs, graph_bytes = capture_all(setup, ways, args)
+    if args.settle_s and ways:
+        replay_for(graphs[SEQUENTIAL], args.settle_s)
     choice, times = PlaceChoice(tuple(graphs)), []
     while ways and not choice.medians_s:
         step = choice.next()

@@ -108,7 +108,7 @@ def test_auto_is_measured_beside_sequential(
     pretend: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], able: bool
 ) -> None:
     way = bench_pipeline.make_ways(None)[1][0]  # type: ignore[arg-type]
-    names = ("DEVICE", "capture", "make_setup", "pipelined", "time_ms", "make_model")
+    names = ("DEVICE", "capture", "make_setup", "pipelined", "time_ms", "make_model", "replay_for")
     for name in names:
         monkeypatch.setattr(bench_auto, name, getattr(bench_pipeline, name))
     monkeypatch.setattr(bench_auto, "make_auto_ways", lambda: (None, [way]))
@@ -116,6 +116,7 @@ def test_auto_is_measured_beside_sequential(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 40, 1 << 40))
     arguments = ["--shapes", "0.6b", "--batches", "5", "--contexts", "70,1099511627776", "--repeats", "2"]
     monkeypatch.setattr(sys, "argv", ["bench_auto.py", *arguments, "--replays", "1"])
+    sys.argv += ["--settle-s", "0.01"]
     bench_auto.main()
     fits, too_long = json.loads(capsys.readouterr().out.splitlines()[-1])["cases"]
     assert "its pages take" in too_long["error"]
