@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.decode_batch import DecodeBatch, DecodePlan
 from nanovllm.engine.handoff import Handoff
+from nanovllm.engine.moves import Moves
 from nanovllm.engine.pace import Pace
 from nanovllm.engine.recovery import Recovery
 from nanovllm.engine.request_states import State
@@ -42,9 +43,6 @@ PREFILL_STEPS_IN_FLIGHT = 2  # one computes, one waits in the card's queue: the 
 PREFILL_TOKENS = 8192  # of a step of card 0 with elastic roles: what it has launched, card 1 cannot take any more
 HELP_ALONE_TOKENS = 2048  # of a step in which the decode card has nothing to decode: what arrives waits no longer
 HELP_AFTER_S = 0.03  # of prefill work waiting for card 0, before the decode card takes a prompt
-MOVES_IN_FLIGHT = 16  # of sequences between the cards at a time: each waits for the copies before its own
-BALANCE_AFTER_S = 0.25  # for which card 0 had no prompt, before it takes over part of a batch of
-BALANCE_ROWS = 32  # more than twice its own
 LIVES_TO_DECODE = frozenset({State.PREFILLING, State.COPYING, State.READY, State.DECODING, State.RETURNING})
 
 
@@ -81,7 +79,6 @@ class Scheduler:
         self.evacuating: set[Sequence] = set()
         self.evacuated: list[Sequence] = []
         self.returning: set[Sequence] = set()
-        self._last_busy_step = 0  # of the decode card, launched when card 0 last had a prompt
         # By card and step: groups, and how far each got.
         self.launched_prefills: dict[int, dict[int, list[tuple[PrefillGroup, int]]]] = {c: {} for c in self.managers}
         # Since they were last taken: from a prompt's end on card 0 to its last block on the decode card.
@@ -90,6 +87,7 @@ class Scheduler:
         self.back_pressure = Stopwatch()  # runs while prompts wait for it
         self.counts: Counter[str] = Counter()
         self.cards = tuple(self.managers)  # that are used
+        self.moves = Moves(self)
         self.recovery = Recovery(self)
 
     @property
@@ -111,10 +109,10 @@ class Scheduler:
     def schedule(self) -> list[Shard]:
         """Shards to launch now. A copy comes after the step it waits for."""
         shards: list[Shard] = []
-        self._return_evacuated()
+        self.moves.return_evacuated()
         if self.elastic:
-            self._hand_off_kept()
-            self._balance()
+            self.moves.hand_off_kept()
+            self.moves.balance()
         for card in self.cards:
             steps = self._plan_lent(card), self._plan_step(card)
             shards += [step for step in steps if step is not None]
@@ -147,7 +145,7 @@ class Scheduler:
     def ready_for_decode(self, card: int) -> DecodePlan | None:
         """The rows of the next step of a card, if it decodes."""
         batch = self.batches.get(card)
-        return None if batch is None else batch.plan(partial(self._make_room, batch))
+        return None if batch is None else batch.plan(partial(self.moves.make_room, batch))
 
     def ready_for_prefill(self, card: int, lent: bool = False) -> list[tuple[PrefillGroup, int]]:
         """The next chunks of a card: (group, tokens). Prompts already begun first, then new ones in arrival order.
@@ -280,150 +278,7 @@ class Scheduler:
                 sequence.num_kv_tokens = end
         return PrefillChunk(tuple(leader.tokens[start:end]), start, tuple(table), rows)
 
-    # -- a card that decodes is full
-
-    def _make_room(self, batch: DecodeBatch, stalled: list[Sequence]) -> None:
-        """Evict the youngest until as many blocks are on their way as sequences wait for one."""
-        missing = len(stalled) - self.handoff.num_coming_blocks(batch.card)
-        candidates = sorted([*batch.running, *batch.ready], key=lambda sequence: sequence.order)
-        while missing > 0 and len(candidates) > 1:
-            victim = candidates.pop()
-            assert victim.lease is not None
-            missing -= len(victim.lease.tables[batch.card]) + (victim in stalled)
-            self._evict(victim)
-
-    def _evict(self, sequence: Sequence) -> None:
-        """To the other card if that has room; else its KV is dropped and computed again, its tokens are kept."""
-        if self._hand_off(sequence) if sequence.card != self.decode_card else self._evacuate(sequence):
-            return
-        batch = self.batches[sequence.card]
-        batch.remove(sequence)
-        batch.num_living -= 1
-        if sequence.card == self.prefill_card:
-            self.handoff.write_back(sequence, self.prefill_card)
-        assert sequence.lease is not None
-        sequence.lease.release()
-        sequence.lease, sequence.num_kv_tokens = None, 0
-        sequence.move_to(State.WAITING)
-        self._wait(PrefillGroup([sequence]))
-        self.counts["recomputes"] += 1
-
-    def _evacuate(self, sequence: Sequence) -> bool:
-        """From the decode card of two to card 0; False if that is full."""
-        if self.prefill_card == self.decode_card:
-            return False
-        if not self._leave_decode_card(sequence, sequence.num_kv_tokens, 0, partial(self._evacuated, sequence)):
-            return False
-        self.counts["evacuations"] += 1
-        return True
-
-    def _leave_decode_card(
-        self, sequence: Sequence, num_tokens: int, reserve_blocks: int, done: Callable[[], None]
-    ) -> bool:
-        """Start moving a sequence to card 0, where it gets blocks for `num_tokens`; False if that has no room."""
-        main = self.main_batch
-        steps, failed = self.managers[main.card].last_main_step, partial(self.recovery.prefill_again, sequence)
-        if not self.handoff.move(sequence, self.prefill_card, num_tokens, reserve_blocks, steps, done, failed):
-            return False
-        main.remove(sequence)
-        main.num_living -= 1
-        sequence.move_to(State.EVACUATING)
-        self.evacuating.add(sequence)
-        return True
-
-    def _evacuated(self, sequence: Sequence) -> None:
-        self.evacuating.discard(sequence)
-        sequence.move_to(State.EVACUATED)
-        self.evacuated.append(sequence)
-        self.evacuated.sort(key=lambda sequence: sequence.order)
-
-    def _return_evacuated(self) -> None:
-        """Evacuated sequences come back in arrival order, before any new prompt."""
-        while self.evacuated and self._send(self.evacuated[0], after_step=0):
-            self._returns(self.evacuated.pop(0))
-
-    def _hand_off_kept(self) -> None:
-        """What card 0 decodes goes to the decode card, oldest first, when prompts queue and there is room."""
-        own = self.batches[self.prefill_card]
-        if not (own.running or own.ready) or self.evacuated or not self._has_prompts():
-            return
-        if self.main_batch.num_living >= self.config.max_num_seqs or self._num_moving >= MOVES_IN_FLIGHT:
-            return
-        for sequence in sorted([*own.running, *own.ready], key=lambda sequence: sequence.order):
-            if self._num_moving >= MOVES_IN_FLIGHT or not self._hand_off(sequence):
-                return
-
-    def _has_prompts(self) -> bool:
-        """Whether card 0 has any to prefill."""
-        return bool(self.waiting or self.prefilling[self.prefill_card])
-
-    @property
-    def _num_moving(self) -> int:
-        return len(self.evacuating) + len(self.returning)
-
-    def _balance(self) -> None:
-        """Card 0, without a prompt, takes over what finds no slot on the decode card; after a while, part of a large
-        batch there, a few at a time. The youngest first."""
-        main, own = self.main_batch, self.batches[self.prefill_card]
-        steps = self.managers[main.card].last_main_step
-        if self._has_prompts() or self.evacuated:
-            self._last_busy_step = steps
-            return
-        seconds = (steps - self._last_busy_step) * self.pace.decode_s[main.card]
-        taken = own.num_living + len(self.evacuating)
-        candidates: Iterable[Sequence] = main.ready if not main.free_slots else []
-        count = min(self.config.max_num_seqs - taken, MOVES_IN_FLIGHT - self._num_moving)
-        if not candidates:
-            if seconds < BALANCE_AFTER_S or len(main.running) < 2 * taken + BALANCE_ROWS:
-                return
-            candidates = main.running
-            count = min(count, (len(main.running) - taken) // 2)
-        for sequence in heapq.nlargest(count, candidates, key=lambda sequence: sequence.order):
-            if not self._take_over(sequence):
-                return
-
-    def _take_over(self, sequence: Sequence) -> bool:
-        """From the decode card to card 0, which decodes it from then on; False if that has no room."""
-        own, done = self.batches[self.prefill_card], partial(self._taken_over, sequence)
-        if not self._leave_decode_card(sequence, sequence.num_kv_tokens + 1, own.reserve_blocks, done):
-            return False
-        self.counts["taken_over"] += 1
-        return True
-
-    def _taken_over(self, sequence: Sequence) -> None:
-        self.evacuating.discard(sequence)
-        sequence.card = self.prefill_card
-        self.batches[sequence.card].num_living += 1
-        self.batches[sequence.card].add(sequence)
-
-    def _hand_off(self, sequence: Sequence) -> bool:
-        """From card 0, which decodes it, to the decode card; False if that has no slot or no room."""
-        own, main = self.batches[sequence.card], self.main_batch
-        if own is main or main.num_living >= self.config.max_num_seqs:
-            return False
-        if not self._send(sequence, after_step=max(own.launched, default=0)):
-            return False
-        own.remove(sequence)
-        own.num_living -= 1
-        self._returns(sequence)
-        self.counts["hand_offs"] += 1
-        return True
-
-    def _send(self, sequence: Sequence, after_step: int) -> bool:
-        """Start moving a sequence to the decode card, with room for the token that its next step writes."""
-        num_tokens, reserve = sequence.num_kv_tokens + 1, self.main_batch.reserve_blocks
-        done, failed = partial(self._returned, sequence), partial(self.recovery.prefill_again, sequence)
-        return self.handoff.move(sequence, self.decode_card, num_tokens, reserve, after_step, done, failed)
-
-    def _returns(self, sequence: Sequence) -> None:
-        sequence.move_to(State.RETURNING)
-        sequence.card = self.decode_card
-        self.main_batch.num_living += 1
-        self.returning.add(sequence)
-
-    def _returned(self, sequence: Sequence) -> None:
-        self.returning.discard(sequence)
-        self.main_batch.add(sequence)
+    # -- back-pressure
 
     def _may_admit(self) -> bool:
         """Back-pressure: prefill pauses at the high mark of the decode backlog and resumes at the low one."""

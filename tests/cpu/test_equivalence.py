@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nanovllm import DEMO_MODEL, LLM
-from nanovllm.engine import scheduler
+from nanovllm.engine import moves, scheduler
 from tests.random_work import TINY, Answer, Work, answers, check_nothing_left, check_same
 
 
@@ -32,8 +32,8 @@ def reference(work: Work) -> list[list[Answer]]:
 def test_same_tokens_in_every_mode(
     work: Work, reference: list, roles: str | None, overlap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduler, "BALANCE_AFTER_S", 0.0)
-    monkeypatch.setattr(scheduler, "BALANCE_ROWS", 1)
+    monkeypatch.setattr(moves, "BALANCE_AFTER_S", 0.0)
+    monkeypatch.setattr(moves, "BALANCE_ROWS", 1)
     cards: dict[str, Any] = {"num_kvcache_blocks": 18}
     if roles is not None:
         cards = {"num_kvcache_blocks": (14, 18), "pd_roles": roles.split(",")[0]}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from nanovllm.engine import moves
 from nanovllm.engine import scheduler as scheduling
 from nanovllm.engine.pace import Pace
 from nanovllm.engine.request_states import State
@@ -213,7 +214,7 @@ def test_without_prompts_it_stays() -> None:
 
 def test_few_move_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others go on decoding: each would have to wait for the copies of those before it."""
-    monkeypatch.setattr(scheduling, "MOVES_IN_FLIGHT", 2)
+    monkeypatch.setattr(moves, "MOVES_IN_FLIGHT", 2)
     plan = elastic(200, 200, max_num_seqs=6, decode_backlog_high=1, decode_backlog_low=0)
     for _ in range(10):
         plan.add(9, max_tokens=60)
@@ -236,8 +237,8 @@ def busy_plan(monkeypatch: pytest.MonkeyPatch, num_sequences: int = 4, after_s: 
     for _ in range(num_sequences):
         plan.add(9, max_tokens=40)
     plan.run(PrefillShard, CopyShard, until=lambda: plan.count(State.DECODING) == num_sequences)
-    monkeypatch.setattr(scheduling, "BALANCE_AFTER_S", after_s)
-    monkeypatch.setattr(scheduling, "BALANCE_ROWS", 4)
+    monkeypatch.setattr(moves, "BALANCE_AFTER_S", after_s)
+    monkeypatch.setattr(moves, "BALANCE_ROWS", 4)
     return plan
 
 
@@ -252,7 +253,7 @@ def test_an_idle_card_0_takes_over_part_of_a_large_batch(monkeypatch: pytest.Mon
 
 
 def test_few_of_those_without_a_slot_move_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduling, "MOVES_IN_FLIGHT", 2)
+    monkeypatch.setattr(moves, "MOVES_IN_FLIGHT", 2)
     plan = elastic(200, 200)
     for _ in range(12):
         plan.add(9, max_tokens=20)

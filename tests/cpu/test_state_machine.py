@@ -20,7 +20,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from nanovllm.engine import pace, scheduler, step_sizes
+from nanovllm.engine import moves, pace, step_sizes
+from nanovllm.engine.moves import Moves
 from nanovllm.engine.pace import Pace
 from nanovllm.engine.request_states import State
 from nanovllm.engine.scheduler import HELP_AFTER_S, Scheduler
@@ -62,9 +63,9 @@ prompts = st.builds(
 @pytest.fixture(autouse=True)
 def small_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches and prompts are small here."""
-    monkeypatch.setattr(scheduler, "BALANCE_AFTER_S", 0.004)
-    monkeypatch.setattr(scheduler, "BALANCE_ROWS", 1)
-    monkeypatch.setattr(scheduler, "MOVES_IN_FLIGHT", 2)
+    monkeypatch.setattr(moves, "BALANCE_AFTER_S", 0.004)
+    monkeypatch.setattr(moves, "BALANCE_ROWS", 1)
+    monkeypatch.setattr(moves, "MOVES_IN_FLIGHT", 2)
     monkeypatch.setattr(pace, "MEASURED_TOKENS", 1)
     monkeypatch.setattr(step_sizes, "STEP_TOKENS", (4, 8, 16))
     monkeypatch.setattr(step_sizes, "MIN_CHUNK_TOKENS", 1)
@@ -174,7 +175,7 @@ def reached(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(owner, name, noted)
 
-    note(Scheduler, "_take_over", lambda _, state, taken: f"take over {state.name if state else None}: {taken}")
+    note(Moves, "_take_over", lambda _, state, taken: f"take over {state.name if state else None}: {taken}")
     note(Scheduler, "_help", lambda plan, _, helped: f"help, seconds known {plan.pace.token_s > 0}: {helped}")
     note(Pace, "seconds_of", lambda _, __, seconds: f"queue long enough: {HELP_AFTER_S <= seconds < math.inf}")
     note(Pace, "keeps_slo", lambda _, __, kept: f"slo kept: {kept}")
