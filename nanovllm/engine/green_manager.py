@@ -198,3 +198,12 @@ class GreenManager:
             for split in self.splits:
                 closing.callback(split.partition.close)
             self._splits = {}
+
+
+def give_back(manager: GreenManager | None) -> None:
+    """Close it after a failure, which is the one to report."""
+    try:
+        if manager is not None:
+            manager.close()
+    except GreenContextError as error:
+        logger.warning("While giving up on SM partitions: %s", error)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from green_ctx import GreenContextError
-from nanovllm.engine.green_manager import GreenManager, Split
+from nanovllm.engine.green_manager import GreenManager, Split, give_back
 from nanovllm.engine.pipeline_ways import PARTITION_TOOLS, PartitionTools
 from nanovllm.engine.prefill_graphs import PrefillGraphs
 from nanovllm.engine.step_sizes import LENT_BUCKETS, lent_sizes
@@ -129,17 +129,8 @@ def start_lending(
     except (RuntimeError, ValueError) as error:  # GreenContextError and what CUDA raises are RuntimeErrors
         traceback.clear_frames(error.__traceback__)  # graphs that were captured must be gone before their streams are
         logger.warning(FAILED, error)
-        _give_back(manager)
+        give_back(manager)
         return None
-
-
-def _give_back(manager: GreenManager | None) -> None:
-    """After a failure that was reported."""
-    try:
-        if manager is not None:
-            manager.close()
-    except GreenContextError as error:
-        logger.warning("While giving up on SM partitions: %s", error)
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -7,8 +7,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-from green_ctx import GreenContextError
-from nanovllm.engine.green_manager import GreenManager
+from nanovllm.engine.green_manager import GreenManager, give_back
 from nanovllm.engine.pipeline_graphs import PipelineGraphs
 from nanovllm.engine.pipeline_runs import DecodeCard, EagerWays, GraphWays, PipelineOptions, can_win
 from nanovllm.engine.pipeline_scheduler import (
@@ -55,20 +54,11 @@ def start_pipeline(
         return _scheduler(card, options, manager, _prepare(card, ways, options), None)
     except (RuntimeError, ValueError) as error:  # GreenContextError and what CUDA raises are RuntimeErrors
         traceback.clear_frames(error.__traceback__)  # graphs that were captured must be gone before their streams are
-        _give_back(manager)
+        give_back(manager)
         if options.mode == "static":
             raise
         logger.warning(FAILED, error)
         return _scheduler(card, options, None, _prepare(card, [], options), str(error))
-
-
-def _give_back(manager: GreenManager | None) -> None:
-    """After a failure, which is the one to report."""
-    try:
-        if manager is not None:
-            manager.close()
-    except GreenContextError as error:
-        logger.warning("While giving up on SM partitions: %s", error)
 
 
 def _make_ways(
