@@ -14,13 +14,11 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench_decode_pipeline import in_turn_with_sequential, pipeline_line
-from bench_report import host_figures
 
 if TYPE_CHECKING:
     from nanovllm import LLM, SamplingParams
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
 DECODE_CASES = ("1x512", "8x1024", "64x1024", "256x1024", "512x512")
 PREFILL_CASES = ("32x2048", "1x2048")
 FEW_TOKENS, MANY_TOKENS = 2, 66
+HOST_PARTS = ("loop", "loop_cpu", "launch")  # the engine's loop, of that on a CPU, and launching
 
 
 class Ceiling(NamedTuple):
@@ -59,17 +58,18 @@ def bench_decode_steps(
     `beside_python`: also the mean gap between steady tokens, alone and, in turn, while a thread of pure Python runs in
     the process. (The difference of two runs would not do: the thread makes the start of both longer.)
     """
-    rows = []
-    for case in map(Case.parse, cases):
-        prompts = make_prompts(llm, case, seed=0)
-        seconds(llm, prompts, MANY_TOKENS)
-        before = llm.stats()
-        steps = [step_seconds(llm, prompts) for _ in range(repeats)]
-        row = decode_row(llm.model_config, case, steps, ceiling) | {"host": host_figures(before, llm.stats())}
-        if llm.decode_runner.pipeline is not None:
-            row |= in_turn_with_sequential(llm, partial(step_seconds, llm, prompts), repeats)
-        rows.append(row | (python_row(llm, prompts, repeats) if beside_python else {}))
-    return rows
+    return [bench_decode_case(llm, Case.parse(case), repeats, ceiling, beside_python) for case in cases]
+
+
+def bench_decode_case(llm: LLM, case: Case, repeats: int, ceiling: Ceiling, beside_python: bool) -> dict[str, Any]:
+    prompts = make_prompts(llm, case, seed=0)
+    seconds(llm, prompts, MANY_TOKENS)
+    steps = [step_seconds(llm, prompts) for _ in range(repeats)]
+    row = decode_row(llm.model_config, case, [step["seconds"] for step in steps], ceiling)
+    row |= {"host": {f"{part}_ms": median_ms(step[f"{part}_seconds"] for step in steps) for part in HOST_PARTS}}
+    if llm.decode_runner.pipeline is not None:
+        row |= in_turn_with_sequential(llm, lambda: step_seconds(llm, prompts)["seconds"], repeats)
+    return row | (python_row(llm, prompts, repeats) if beside_python else {})
 
 
 def python_row(llm: LLM, prompts: list[list[int]], repeats: int) -> dict[str, float]:
@@ -89,9 +89,22 @@ def steady_gap(llm: LLM, prompts: list[list[int]]) -> float:
     return statistics.mean(output.metrics.inter_token[MANY_TOKENS // 2 : MANY_TOKENS])
 
 
-def step_seconds(llm: LLM, prompts: list[list[int]]) -> float:
-    """One decode step of the whole batch."""
-    return (seconds(llm, prompts, MANY_TOKENS) - seconds(llm, prompts, FEW_TOKENS)) / (MANY_TOKENS - FEW_TOKENS)
+def step_seconds(llm: LLM, prompts: list[list[int]]) -> dict[str, float]:
+    """One decode step of the whole batch: `seconds`, and what of the host's work falls to it, by `HOST_PARTS`. Other
+    threads may run in between, and the cards run all the while; what a request costs once cancels out."""
+    many, few = (timed(llm, prompts, max_tokens) for max_tokens in (MANY_TOKENS, FEW_TOKENS))
+    return {name: (many[name] - few[name]) / (MANY_TOKENS - FEW_TOKENS) for name in many}
+
+
+def timed(llm: LLM, prompts: list[list[int]], max_tokens: int) -> dict[str, float]:
+    before = llm.stats()
+    taken = {"seconds": seconds(llm, prompts, max_tokens)}
+    after = llm.stats()
+    return taken | {f"{part}_seconds": after[f"{part}_seconds"] - before[f"{part}_seconds"] for part in HOST_PARTS}
+
+
+def median_ms(samples: Iterable[float]) -> float:
+    return round(statistics.median(samples) * 1e3, 4)
 
 
 @contextmanager
