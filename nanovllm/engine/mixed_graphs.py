@@ -20,6 +20,9 @@ from nanovllm.engine.prefill_graphs import ChunkBatch, PrefillBuffers
 from nanovllm.engine.step_sizes import MAX_SEQUENCES, captured_sizes
 from nanovllm.layers.attention import MixedMetadata
 
+LARGE_TOKENS = 1024  # of prompts: a step of more is launched eagerly rather than with much padding
+MOST_PADDING = 1.5  # rows computed for each that is asked for
+
 
 class MixedGraphs:
     """Captured on construction, behind the graphs of the same card's decode steps, on the stream and under the terms of
@@ -66,7 +69,10 @@ class MixedGraphs:
         if num_sequences > MAX_SEQUENCES:
             return None
         fitting = (size for size in self._graphs if size[0] >= num_tokens and size[1] >= num_rows)
-        return min(fitting, key=sum, default=None)
+        size = min(fitting, key=lambda size: (sum(size), size[1]), default=None)
+        if size is None or (size[0] > LARGE_TOKENS and MOST_PADDING * (num_tokens + num_rows) < sum(size)):
+            return None
+        return size
 
     def replay(self, size: tuple[int, int], batch: ChunkBatch, slots: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Launch a step; logits [MAX_SEQUENCES, V] of each sequence's last token and [len(slots), V] of the rows, valid

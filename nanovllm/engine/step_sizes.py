@@ -6,11 +6,11 @@ number, and the rows are those of the captured bucket, padding included.
 
 from __future__ import annotations
 
-STEP_TOKENS = (256, 512, 1024, 2048)  # prompts' tokens and decode rows; all but the last are captured
+STEP_TOKENS = (256, 512, 1024, 2048)  # prompts' tokens and decode rows of captured steps
 MIN_CHUNK_TOKENS = 64
 MAX_SEQUENCES = 32  # prompts of a captured step
 MIN_BUCKET = 16
-MAX_BUCKETS = 6  # of rows; each is captured with up to three numbers of tokens, and that takes time at start-up
+MAX_BUCKETS = 6  # of rows; each is captured with up to four numbers of tokens, and that takes time at start-up
 LENT_TOKENS = (512, 1024, 2048)  # prompts' tokens of a step on SMs that a decode card lends; the last one: at most
 LENT_BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384)  # of decode rows beside it; `max_num_seqs` is one more
 
@@ -28,8 +28,9 @@ def chunk_sizes(num_rows: int, max_num_seqs: int) -> list[int]:
 
 
 def tokens_within(budget_tokens: int, num_rows: int, max_num_seqs: int) -> int:
-    """Prompt tokens beside so many decode rows in a step of at most `budget_tokens`, at least 1: of a budget that
-    captured steps may fill the most that fill one, padding included; of a larger one what the rows leave."""
+    """Prompt tokens beside so many decode rows in a step of at most `budget_tokens`, at least 1: of a small budget the
+    most that fill a captured step, padding included; of a larger one what the rows leave, as padding would cost more
+    than launches do."""
     rest = max(1, budget_tokens - num_rows)
     if num_rows == 0 or budget_tokens > STEP_TOKENS[-2]:
         return rest
@@ -39,7 +40,7 @@ def tokens_within(budget_tokens: int, num_rows: int, max_num_seqs: int) -> int:
 
 def captured_sizes(max_num_seqs: int, max_tokens: int) -> list[tuple[int, int]]:
     """(prompt tokens, decode rows) to capture, for steps of at most `max_tokens` and `max_num_seqs`, ascending."""
-    sizes = {(min(t - b, max_tokens), b) for b in row_buckets(max_num_seqs) for t in _totals(b)[:-1]}
+    sizes = {(min(t - b, max_tokens), b) for b in row_buckets(max_num_seqs) for t in _totals(b)}
     return sorted(sizes, key=lambda size: (sum(size), size))
 
 

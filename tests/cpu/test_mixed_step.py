@@ -426,9 +426,17 @@ def test_rows_of_an_earlier_larger_step_do_not_run_again(model: Qwen3ForCausalLM
 def test_the_smallest_size_that_holds_a_step() -> None:
     graphs = MixedGraphs.__new__(MixedGraphs)
     graphs._graphs = dict.fromkeys(captured_sizes(48, 600))  # type: ignore[arg-type]
-    assert graphs.size_for(1, 1, 1) == (208, 48) and graphs.size_for(209, MAX_SEQUENCES, 16) == (224, 32)
-    assert graphs.size_for(225, 1, 17) == (464, 48) and graphs.size_for(600, 1, 48) == (600, 48)
+    assert graphs.size_for(1, 1, 1) == (240, 16) and graphs.size_for(209, MAX_SEQUENCES, 17) == (224, 32)
+    assert graphs.size_for(225, 1, 33) == (464, 48) and graphs.size_for(600, 1, 48) == (600, 48)
     assert graphs.size_for(601, 1, 1) is None and graphs.size_for(5, MAX_SEQUENCES + 1, 1) is None
+
+
+def test_a_large_step_is_padded_by_half_at_most() -> None:
+    graphs = MixedGraphs.__new__(MixedGraphs)
+    graphs._graphs = dict.fromkeys(captured_sizes(512, 4096))  # type: ignore[arg-type]
+    assert graphs.size_for(1008, 1, 16) == (1008, 16) and graphs.size_for(1000, 1, 512) == (1536, 512)
+    assert graphs.size_for(1350, 1, 16) == (2032, 16) and graphs.size_for(1349, 1, 16) is None
+    assert graphs.size_for(1008, 1, 17) is None and graphs.size_for(2033, 1, 16) is None
 
 
 # -- through the executors, the books, and on the simulated device
