@@ -6,7 +6,6 @@ import itertools
 import logging
 import os
 import secrets
-import sys
 import threading
 import time
 import weakref
@@ -23,6 +22,7 @@ from nanovllm.config import Config
 from nanovllm.engine.cards import STARTUP_PARTS, build_runners, resolve_devices, timed
 from nanovllm.engine.detokenizer import IncrementalDetokenizer, StopWatcher
 from nanovllm.engine.executor import InlineExecutor, ThreadedExecutor
+from nanovllm.engine.interpreter import collect_all_again, keep_pauses_short
 from nanovllm.engine.llm_engine import EngineDeadError, LLMEngine, OutputQueue
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Scheduler
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nanovllm")
 
-SWITCH_INTERVAL_S = 0.0005
 LONGEST_PAST_S = 10**9  # of an arrival
 IMPORT_S = time.perf_counter() - IMPORT_STARTED_S  # torch, nearly all of it, unless the program had it already
 
@@ -85,7 +84,7 @@ class LLM:
         self._steps_lock = threading.Lock()
         self._engine = _start_engine(config, runners)
         # Also runs at interpreter exit. The engine's threads hold no reference to this object.
-        self._finalizer = weakref.finalize(self, self._engine.close)
+        self._finalizer = weakref.finalize(self, _stop_engine, self._engine)
         self._metrics_server: MetricsServer | None = None
         self._metrics_lock = threading.Lock()
         startup["total_s"] = IMPORT_S + time.perf_counter() - started
@@ -398,9 +397,12 @@ def _start_engine(config: Config, runners: list[ModelRunner]) -> LLMEngine:
     scheduler = Scheduler(config, num_blocks, runners[0].prefill_token_s, runners[-1].lends)
     if not config.overlap:
         return LLMEngine(config, scheduler, lambda notify: InlineExecutor(cards))
-    # A thread in pure Python holds the interpreter this long before the engine's threads get a turn. For the whole
-    # process, as Python has it; never made longer than it was.
-    sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
+    keep_pauses_short()
     engine = LLMEngine(config, scheduler, lambda notify: ThreadedExecutor(cards, notify))
     engine.start()
     return engine
+
+
+def _stop_engine(engine: LLMEngine) -> None:
+    engine.close()
+    collect_all_again()

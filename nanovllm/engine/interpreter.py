@@ -1,0 +1,25 @@
+"""The Python interpreter as an engine with threads needs it. Python has these settings for the whole process only."""
+
+from __future__ import annotations
+
+import gc
+import sys
+
+SWITCH_INTERVAL_S = 0.0005
+
+
+def keep_pauses_short() -> None:
+    """Let no thread, and no garbage collection, keep the interpreter from the engine's threads for long.
+
+    A thread in pure Python holds the interpreter for the switch interval before another gets a turn; it is never made
+    longer than it was. A full collection looks at every object there is, with torch and transformers loaded for 0.13 s
+    and more, in which no card is given anything: what lives by now is taken out of its sight.
+    """
+    sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL_S))
+    gc.collect()
+    gc.freeze()
+
+
+def collect_all_again() -> None:
+    """An engine has ended: collections find what of it is garbage. Other engines' objects are looked at again, too."""
+    gc.unfreeze()
