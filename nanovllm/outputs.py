@@ -43,7 +43,7 @@ class CompletionOutput:
     @property
     def token_ids(self) -> list[int]:
         start = self._sequence.num_prompt_tokens
-        return self._sequence.tokens[start : start + self._num_tokens]
+        return self._sequence.tokens[start : start + self._num_tokens].tolist()
 
     @property
     def text(self) -> str:
@@ -120,7 +120,7 @@ class RequestOutput:
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
         self.request_id = request.request_id
         self.prompt = request.prompt
-        self.prompt_token_ids = list(request.prompt_token_ids)  # the caller's to keep, and to extend
+        self.prompt_token_ids = request.prompt_token_ids.tolist()  # the caller's to keep, and to extend
         self.outputs = [CompletionOutput(sequence, tokenizer) for sequence in request.sequences]
         self.finished = all(output.finish_reason is not None for output in self.outputs)
         self.num_cached_tokens = request.num_cached_tokens

@@ -17,6 +17,7 @@ import xxhash
 
 HashValue = NewType("HashValue", int)
 ROOT_HASH = HashValue(0)
+ID_BYTES = 8
 
 
 class BlockHash(NamedTuple):
@@ -24,13 +25,13 @@ class BlockHash(NamedTuple):
 
     value: HashValue
     parent: HashValue
-    tokens: tuple[int, ...]
+    tokens: bytes  # 64-bit ids
 
 
-def chain_hash(parent: HashValue, tokens: tuple[int, ...], seed: int) -> BlockHash:
+def chain_hash(parent: HashValue, tokens: Sequence[int], seed: int) -> BlockHash:
     """Hash a full block onto its prefix (xxh3-128, seeded per engine so that callers cannot aim for collisions)."""
-    data = parent.to_bytes(16, "little") + array("q", tokens).tobytes()
-    return BlockHash(HashValue(xxhash.xxh3_128_intdigest(data, seed)), parent, tokens)
+    ids = array("q", tokens).tobytes()
+    return BlockHash(HashValue(xxhash.xxh3_128_intdigest(parent.to_bytes(16, "little") + ids, seed)), parent, ids)
 
 
 class FreeList:
@@ -173,7 +174,7 @@ class BlockManager:
 
     def register(self, block: int, block_hash: BlockHash) -> None:
         """Make the contents of an owned, completely written block findable. The first block of a hash wins."""
-        assert self._refs[block] > 0 and len(block_hash.tokens) == self.block_size
+        assert self._refs[block] > 0 and len(block_hash.tokens) == ID_BYTES * self.block_size
         if block_hash.value not in self._by_hash and self._hashes[block] is None:
             self._by_hash[block_hash.value] = block
             self._hashes[block] = block_hash

@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +56,9 @@ class ChunkBatch(NamedTuple):
         tables, width = [chunk.block_table for chunk in shard.chunks], max(len(c.block_table) for c in shard.chunks)
         tables_SN = torch.tensor([[*table, *[null_block] * (width - len(table))] for table in tables])
         places = token_places(starts, query_lens, tables_SN, block_size)
-        tokens = array("q", chain.from_iterable(chunk.tokens for chunk in shard.chunks))
+        tokens = array("q")
+        for chunk in shard.chunks:
+            tokens.extend(chunk.tokens)
         tokens_3T = torch.stack([torch.frombuffer(tokens, dtype=torch.int64), *places])
         return cls(tokens_3T, query_lens, context_lens, tables_SN)
 

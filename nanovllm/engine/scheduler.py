@@ -276,7 +276,7 @@ class Scheduler:
             for sequence in group.sequences:
                 sequence.num_in_flight += 1
                 sequence.num_kv_tokens = end
-        return PrefillChunk(tuple(leader.tokens[start:end]), start, tuple(table), rows)
+        return PrefillChunk(leader.tokens[start:end], start, tuple(table), rows)
 
     # -- back-pressure
 

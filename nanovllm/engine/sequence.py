@@ -7,6 +7,7 @@ appended: a reader that looks at `finish_reason` first never sees a finished seq
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -46,14 +47,18 @@ class Timeline:
 
 
 class Sequence:
-    """One answer of a request: its tokens, its state, its place in the plan."""
+    """One answer of a request: its tokens, its state, its place in the plan.
+
+    Tokens and times are arrays: there are many and long ones, and garbage collections, which stop every thread, do not
+    look into them.
+    """
 
     def __init__(self, request: Request, index: int, seed: int) -> None:
         self.request = request
         self.index = index
         self.seed = seed
         self.num_prompt_tokens = len(request.prompt_token_ids)
-        self.tokens: list[int] = list(request.prompt_token_ids)
+        self.tokens = request.prompt_token_ids[:]
         self.max_length = self.num_prompt_tokens + request.max_tokens
         self.end_ids = request.end_ids | {NO_TOKEN}  # what the engine looks at; a card is told the request's
         self.state = State.WAITING
@@ -66,7 +71,7 @@ class Sequence:
         self.num_in_flight = 0  # sampled tokens launched and not yet collected
         self.block_hashes: list[BlockHash] = []  # of the leading full blocks, as far as they were asked for
         self.num_settled_outputs = 0  # output tokens that no stop rule takes back: what readers may see
-        self.token_times: list[float] = []
+        self.token_times = array("d")
         self.last_token_s: float | None = None  # the last of them, where it is quickest to read
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
@@ -102,7 +107,7 @@ class Sequence:
         while len(self.block_hashes) < num_blocks:
             start = len(self.block_hashes) * block_size
             parent = self.block_hashes[-1].value if self.block_hashes else ROOT_HASH
-            tokens = tuple(self.tokens[start : start + block_size])
+            tokens = self.tokens[start : start + block_size]
             self.block_hashes.append(chain_hash(parent, tokens, self.request.hash_seed))
         return self.block_hashes[:num_blocks]
 
@@ -170,7 +175,7 @@ class Request:
         self.request_id = request_id
         self.arrival = arrival
         self.prompt = prompt
-        self.prompt_token_ids = prompt_token_ids
+        self.prompt_token_ids = array("q", prompt_token_ids)
         self.params = params
         self.max_tokens = max_tokens
         self.eos_token_ids = frozenset() if params.ignore_eos else frozenset(eos_token_ids)

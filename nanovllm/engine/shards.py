@@ -6,6 +6,7 @@ only what changed: sequences that enter a slot, blocks that were added, and the 
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 from nanovllm.sampling_params import SamplingParams
@@ -33,7 +34,7 @@ class SamplingRow:
 class PrefillChunk:
     """Tokens `start … start + len(tokens)` of one sequence; `samples` is empty unless this is its last chunk."""
 
-    tokens: tuple[int, ...]
+    tokens: array[int] | tuple[int, ...]  # 64-bit ids
     start: int
     block_table: tuple[int, ...]
     samples: tuple[SamplingRow, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from unittest.mock import patch
 
@@ -274,8 +275,9 @@ def test_tokens_are_compared_when_hashes_collide() -> None:
 
 def test_parents_are_compared_when_hashes_collide() -> None:
     manager = BlockManager(2, SIZE, True)
-    fill(manager, [BlockHash(HashValue(7), HashValue(1), (1, 2, 3, 4))])
-    assert manager.lookup([BlockHash(HashValue(7), HashValue(2), (1, 2, 3, 4))]) == []
+    ids = array("q", (1, 2, 3, 4)).tobytes()
+    fill(manager, [BlockHash(HashValue(7), HashValue(1), ids)])
+    assert manager.lookup([BlockHash(HashValue(7), HashValue(2), ids)]) == []
 
 
 def test_hash_depends_on_seed_parent_and_every_token() -> None:

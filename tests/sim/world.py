@@ -116,7 +116,7 @@ class World:
         stop_ids = {*request.eos_token_ids, *request.params.stop_token_ids}
         for sequence in request.sequences:
             expected = expected_tokens(request.prompt_token_ids, sequence.seed, request.max_tokens, stop_ids)
-            got = sequence.tokens[sequence.num_prompt_tokens :]
+            got = sequence.tokens[sequence.num_prompt_tokens :].tolist()
             if sequence.finish_reason is None:
                 assert self.cause is not None and got == expected[: len(got)]
             elif sequence.finish_reason == "abort":
