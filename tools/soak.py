@@ -8,9 +8,9 @@ Requests share prefixes, have stop strings, siblings and seeds; some are aborted
 of callers, some have a tokenizer that raises. Of the copies between cards `--faults` fail, come late, or, on CPU cards,
 arrive damaged; a few never succeed. Engines follow each other: the second of every four loses a card in the middle of
 its work, and the last one its context. After each of them every request is accounted for and every block of every card
-is free, or the soak fails. The demo model's answers, in float32, equal those of a run without faults; of a shape in
-bfloat16, where a batch of another size may round otherwise, the share that does is told. Roles are strict and elastic
-in turn. The last line is one JSON object.
+is free, or the soak fails. The demo model's answers, in float32, equal those of a run without faults. Of a shape in
+bfloat16, where a batch of another size may round otherwise, the share that does is told, and every greedy answer is
+checked by regret (tests/regret.py). Roles are strict and elastic in turn. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from nanovllm.engine import model_runner
 from nanovllm.engine.detokenizer import StopWatcher
 from nanovllm.outputs import RequestOutput
 from tests.faults import ILLEGAL_ACCESS, STEPS, FaultInjector, copies_across
+from tests.regret import BFLOAT16, Reference, Regrets
 
 Answer = list[tuple[list[int], str | None]]
 
@@ -266,11 +267,24 @@ def options_of(args: argparse.Namespace, number: int = 0) -> dict[str, Any]:
     return options | DEMO_OPTIONS | {"dtype": "float32", "verify_copies": True}
 
 
-def reference_of(folder: str, options: dict[str, Any], kinds: list[Kind]) -> list[Answer]:
-    """The same requests, nothing going wrong, and all of them at once."""
+def reference_of(
+    folder: str, options: dict[str, Any], kinds: list[Kind], by_regret: bool
+) -> tuple[list[Answer], Reference | None]:
+    """The same requests, nothing going wrong, and all of them at once; and the model to check answers by regret."""
     with LLM(folder, **options) as llm:
         outputs = llm.generate([k.prompt for k in kinds], [k.params for k in kinds], use_tqdm=False)
-        return [answer_of(output) for output in outputs]
+        return [answer_of(output) for output in outputs], Reference(llm) if by_regret else None
+
+
+def regrets_of(reference: Reference, kinds: list[Kind], answers: list[tuple[int, Answer]]) -> Regrets:
+    """Of every greedy answer without a penalty, also of those that were cut off; equal ones once."""
+    distinct = {(number, tuple(tokens)) for number, got in answers for tokens, _ in got if tokens}
+    greedy = [(kinds[number].prompt, tokens) for number, tokens in sorted(distinct) if is_greedy(kinds[number].params)]
+    return Regrets([reference.regret(*pair) for pair in greedy], [len(prompt) for prompt, _ in greedy])
+
+
+def is_greedy(params: SamplingParams) -> bool:
+    return params.temperature == 0 and not params.has_penalty
 
 
 def live(args: argparse.Namespace, folder: str, kinds: list[Kind], number: int, left: int, until_s: float) -> Any:
@@ -298,7 +312,7 @@ def soak(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     rng, started_s = random.Random(args.seed), time.monotonic()
     with_text = not args.shape
     kinds = make_kinds(rng, min(KINDS, args.requests), 4000, 200 if with_text else 700, with_text)
-    reference = reference_of(folder, options, kinds)  # before anything is broken
+    reference, model = reference_of(folder, options, kinds, bool(args.shape))  # before anything is broken
     break_tokenizers()
     if with_text:
         break_logits(random.Random(args.seed), args.faults / 40)
@@ -311,6 +325,8 @@ def soak(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         until_s = min(end_s, time.monotonic() + 60 * args.minutes / LIVES_IN_MINUTES) if args.minutes else 1e18
         counts, answers = live(args, folder, kinds, number, left, until_s)
         release_memory()
+        if model is not None:
+            print(regrets_of(model, kinds, answers).check(BFLOAT16), flush=True)
         same, other = count_equal(answers, reference)
         totals.update(counts)
         equal, different, number = equal + same, different + other, number + 1

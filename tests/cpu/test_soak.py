@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 
+from nanovllm import DEMO_MODEL, SamplingParams
+from tests.regret import FLOAT32
+from tools import soak as soak_tool
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -39,3 +43,18 @@ def test_ten_thousand_requests() -> None:
     met += ("errors: tokenizer", "errors: logits", "errors: copy", "prefilled_again", "copy_retries", "evacuations")
     missing = [name for name in met if not figures["totals"].get(name)]
     assert not missing, figures["totals"]
+
+
+def test_answers_by_regret() -> None:
+    """Of a soak in bfloat16: the right ones pass, and each of two that have one wrong token is found."""
+    kinds = [soak_tool.Kind([5, 6, 7 + i], SamplingParams(temperature=i % 2, max_tokens=6, seed=1)) for i in range(4)]
+    options = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "enable_prefix_caching": False}
+    answers, model = soak_tool.reference_of(DEMO_MODEL, options, kinds, by_regret=True)
+    assert model is not None
+    regrets = soak_tool.regrets_of(model, kinds, [(i, answer) for i, answer in enumerate(answers)] * 3)
+    assert len(regrets.rows) == 2 and len(regrets.check(FLOAT32).rows[0]) == len(answers[0][0][0])
+    for number in (0, 2):
+        tokens, reason = answers[number][0]
+        wrong = [(number, [([*tokens[:-1], tokens[-1] + 1], reason)])]
+        with pytest.raises(AssertionError, match="beyond Bounds"):
+            soak_tool.regrets_of(model, kinds, wrong).check(FLOAT32)
