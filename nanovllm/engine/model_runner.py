@@ -91,7 +91,8 @@ class ModelRunner:
         lending = self.lending if shard.lent else None
         with self._on_card(None if lending is None else lending.stream):
             batch = self._chunk_batch(shard)
-            if lending is not None:  # decode steps launched before run on the whole card, where it would slow them most
+            if lending is not None and self.stream is not None:
+                # Decode steps launched before may run on the whole card, where it would slow them most.
                 lending.stream.wait_stream(self.stream)
             start = self._mark()
             logits = self._prefill(shard, batch)

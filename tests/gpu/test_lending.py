@@ -171,6 +171,22 @@ def probed(forward: Callable[..., Tensor], out: Tensor) -> Callable[..., Tensor]
     return run
 
 
+def test_a_lent_step_begins_behind_the_decode_steps_before_it() -> None:
+    model = make_model(Path(DEMO_MODEL), torch.bfloat16)
+    runner = make_lending_runner(model)
+    plan = make_plan(6, model.config.vocab_size)
+    start(plan, [runner])
+    shard = plan.shard([(plan.add(200), 100)], plan.decoding[:20])
+    for _ in range(5):
+        on_whole_card = [runner.run_decode_core(shard.decode) for _ in range(8)]
+        lent = runner.run_prefill(replace(shard.prefill, lent=True))
+        lent.wait()
+        on_whole_card[-1].wait()
+        after_s = lent.idle_since(on_whole_card[-1])
+        assert after_s is not None and after_s >= 0
+    runner.close_pipeline()
+
+
 def test_hundreds_of_lent_steps_leave_nothing_behind() -> None:
     model = make_model(Path(DEMO_MODEL), torch.bfloat16)
     runner = make_lending_runner(model)
