@@ -142,15 +142,16 @@ class LLMEngine:
         messages = self._take_inbox()
         jobs = self.executor.poll()
         self._collect_all(jobs)
-        shards = self.scheduler.schedule()
-        for shard in shards:
+        num_launched = 0
+        for shard in self.scheduler.schedule():
             self.executor.launch(shard)
-        happened = bool(messages or jobs or shards)
+            num_launched += 1
+        happened = bool(messages or jobs or num_launched)
         if happened:
             self.metrics.loop_seconds += time.perf_counter() - begin_s
             self.metrics.loop_cpu_seconds += time.thread_time() - begin_cpu_s
             if trace is not None:
-                trace.add_iteration(begin_s, messages, len(jobs), len(shards))
+                trace.add_iteration(begin_s, messages, len(jobs), num_launched)
         return happened
 
     def _run(self) -> None:

@@ -106,19 +106,19 @@ class Scheduler:
 
     # -- what to launch
 
-    def schedule(self) -> list[Shard]:
-        """Shards to launch now. A copy comes after the step it waits for."""
-        shards: list[Shard] = []
+    def schedule(self) -> Iterator[Shard]:
+        """Shards to launch now, each before the next is planned: admitting prompts to card 0 takes longer than all the
+        rest, and decode steps do not wait for it. A copy comes after the step it waits for."""
         self.moves.return_evacuated()
         if self.elastic:
             self.moves.hand_off_kept()
             self.moves.balance()
-        for card in self.cards:
-            steps = self._plan_lent(card), self._plan_step(card)
-            shards += [step for step in steps if step is not None]
-            shards += self.handoff.drain_outbox()
+        for card in reversed(self.cards):
+            for plan_step in (self._plan_lent, self._plan_step):
+                if (step := plan_step(card)) is not None:
+                    yield step
+            yield from self.handoff.drain_outbox()
         self.back_pressure.set(self.paused and bool(self.waiting))
-        return shards
 
     def _plan_step(self, card: int) -> Shard | None:
         """The next step of a card: chunks of prompts, decode rows, or both."""

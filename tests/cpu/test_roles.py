@@ -372,3 +372,17 @@ def test_a_small_pool_on_card_0_does_not_keep_card_1_from_being_filled(roles: st
     assert min(free) == 0
     plan.drain()
     assert all(sequence.num_output_tokens == 30 for sequence in plan.sequences)
+
+
+def test_a_decode_step_does_not_wait_for_prompts_to_be_admitted() -> None:
+    plan = Plan(60, 60, pd_roles="strict", run_ahead=1)
+    plan.add(5, max_tokens=20)
+    plan.fill()
+    for _ in range(3):
+        plan.add(9)
+    shards = plan.scheduler.schedule()
+    plan.in_flight.append(next(shards))
+    assert isinstance(plan.in_flight[-1], DecodeShard) and len(plan.scheduler.waiting) == 3
+    plan.in_flight += shards
+    assert isinstance(plan.in_flight[-1], CopyShard) and not plan.scheduler.waiting
+    plan.drain()

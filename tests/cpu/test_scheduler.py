@@ -46,7 +46,7 @@ class Plan:
         return request.sequences
 
     def schedule(self) -> list[Shard]:
-        shards = self.scheduler.schedule()
+        shards = list(self.scheduler.schedule())
         self.in_flight += shards
         self.scheduler.check_integrity()
         return shards
