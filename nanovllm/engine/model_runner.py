@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.kv_cache import CopyHandle, KVCache
-from nanovllm.engine.prefill_graphs import ChunkBatch, PrefillGraphs
+from nanovllm.engine.prefill_graphs import ChunkBatch, PrefillGraphs, number_line
 from nanovllm.engine.rehearsal import rehearse_products
 from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillChunk, PrefillShard, SamplingRow
 from nanovllm.engine.slot_state import SlotState, fill_seen, sampling_floats, slot_integers
@@ -73,6 +73,7 @@ class ModelRunner:
         self.lending: Lending | None = None
         self.lends = False  # there may be lent steps; on a CPU they are steps like others
         self.prefill_token_s = 0.0  # of a prompt, in a step of many; 0: not measured
+        self._line = number_line(max(max_model_len, (kv_cache.num_blocks + 1) * self.block_size))  # the null block, too
         self._has_kernels = model.attention.elementwise.name == "triton"
         max_blocks = -(-max_model_len // self.block_size)
         vocab_size = model.config.vocab_size
@@ -170,7 +171,7 @@ class ModelRunner:
 
     def _mixed_eagerly(self, batch: ChunkBatch, sampled: list[int], shard: DecodeShard) -> tuple[Tensor, Tensor]:
         ids_B, positions_B, rows = self._decode_inputs(shard)
-        ids_T, positions_T, mapping_T = self._int64(batch.tokens_3T).unbind(0)
+        ids_T, positions_T, mapping_T = self._int64(batch.tokens_3T()).unbind(0)
         mapping = torch.cat([mapping_T, rows.slot_mapping])
         metadata = MixedMetadata(self._prefill_metadata(batch, mapping_T), rows, mapping)
         wanted = self._int64([*batch.last_tokens(sampled), *range(len(ids_T), len(mapping))])
@@ -310,10 +311,10 @@ class ModelRunner:
         return self._rows_of(graphs.replay(size, batch), sampled)
 
     def _chunk_batch(self, shard: PrefillShard) -> ChunkBatch:
-        return ChunkBatch.of(shard, self.block_size, self.kv_cache.null_block)
+        return ChunkBatch.of(shard, self.block_size, self._line)
 
     def _prefill_eagerly(self, batch: ChunkBatch, sampled: list[int]) -> Tensor:
-        tokens_T, positions_T, mapping_T = self._int64(batch.tokens_3T).unbind(0)
+        tokens_T, positions_T, mapping_T = self._int64(batch.tokens_3T()).unbind(0)
         metadata, last = self._prefill_metadata(batch, mapping_T), self._int64(batch.last_tokens(sampled))
         return self.model.forward_prefill(tokens_T, positions_T, self.kv_cache, metadata, last)
 
@@ -321,7 +322,7 @@ class ModelRunner:
         return PrefillMetadata(
             cu_seqlens_q=self._int32([0, *accumulate(batch.query_lens)]),
             context_lens=self._int32(batch.context_lens),
-            block_tables=self._int32(batch.tables_SN),
+            block_tables=self._int32(batch.tables_SN(self.kv_cache.null_block)),
             slot_mapping=mapping_T,
             max_query_tokens=max(batch.query_lens),
             max_context_tokens=max(batch.context_lens),

@@ -38,29 +38,51 @@ def token_sizes(config: ModelConfig, max_tokens: int) -> list[int]:
 class ChunkBatch(NamedTuple):
     """A prefill batch on the host: the tokens of its sequences, one sequence after the other.
 
-    tokens_3T: int64: ids, positions, places in the cache. query_lens, context_lens: tokens of each sequence in this
-    step and up to its end. tables_SN: integers, any width.
+    ids, positions, places (in the cache): 64-bit, one for each token. query_lens, context_lens: tokens of each sequence
+    in this step and up to its end. tables: blocks of each.
+
+    Arrays, not tensors: every call into torch lets go of the interpreter, and gets it back from busy threads only after
+    a while each time. They are filled from whole slices: a loop over 16,384 tokens would take longer than a small
+    model's step.
     """
 
-    tokens_3T: Tensor
+    ids: array[int]
+    positions: array[int]
+    places: array[int]
     query_lens: list[int]
     context_lens: list[int]
-    tables_SN: Tensor
+    tables: list[tuple[int, ...]]
 
     @classmethod
-    def of(cls, shard: PrefillShard, block_size: int, null_block: int) -> ChunkBatch:
-        """The null block fills up shorter tables."""
-        starts = [chunk.start for chunk in shard.chunks]
-        query_lens = [len(chunk.tokens) for chunk in shard.chunks]
-        context_lens = [start + count for start, count in zip(starts, query_lens, strict=True)]
-        tables, width = [chunk.block_table for chunk in shard.chunks], max(len(c.block_table) for c in shard.chunks)
-        tables_SN = torch.tensor([[*table, *[null_block] * (width - len(table))] for table in tables])
-        places = token_places(starts, query_lens, tables_SN, block_size)
-        tokens = array("q")
+    def of(cls, shard: PrefillShard, block_size: int, line: array[int]) -> ChunkBatch:
+        """line: `number_line` as long as the longest context, and as the cache."""
+        batch = cls(array("q"), array("q"), array("q"), [], [], [])
         for chunk in shard.chunks:
-            tokens.extend(chunk.tokens)
-        tokens_3T = torch.stack([torch.frombuffer(tokens, dtype=torch.int64), *places])
-        return cls(tokens_3T, query_lens, context_lens, tables_SN)
+            end = chunk.start + len(chunk.tokens)
+            batch.ids.extend(chunk.tokens)
+            batch.positions.extend(line[chunk.start : end])
+            for number in range(chunk.start // block_size, -(-end // block_size)):
+                first = number * block_size  # position
+                shift = chunk.block_table[number] * block_size - first
+                batch.places.extend(line[max(chunk.start, first) + shift : min(end, first + block_size) + shift])
+            batch.query_lens.append(len(chunk.tokens))
+            batch.context_lens.append(end)
+            batch.tables.append(chunk.block_table)
+        return batch
+
+    def tokens_3T(self, padding_tokens: int = 0, null_place: int = 0) -> Tensor:
+        """int64 [3, tokens and padding] on the host: ids, positions, places; the padding's place is `null_place`."""
+        zeros, nowhere = (array("q", [value]) * padding_tokens for value in (0, null_place))
+        words = self.ids + zeros + self.positions + zeros + self.places + nowhere
+        return torch.frombuffer(words, dtype=torch.int64).view(3, -1)
+
+    def tables_SN(self, null_block: int) -> Tensor:
+        """int32 [sequences, blocks of the longest] on the host. The null block fills up shorter tables."""
+        width, words = max(map(len, self.tables)), array("i")
+        for table in self.tables:
+            words.extend(table)
+            words.extend([null_block] * (width - len(table)))
+        return torch.frombuffer(words, dtype=torch.int32).view(len(self.tables), width)
 
     def last_tokens(self, sequences: list[int]) -> list[int]:
         """Where the last tokens of the given sequences are in the batch."""
@@ -68,16 +90,11 @@ class ChunkBatch(NamedTuple):
         return [ends[sequence] - 1 for sequence in sequences]
 
 
-def token_places(starts: list[int], query_lens: list[int], tables_SN: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """(positions, slot mapping) of a prefill batch's tokens, int64 [T] on the host: chunk s begins at starts[s].
-
-    By whole tensors: a loop over 16,384 tokens would take longer than a small model's step.
-    """
-    counts_S = torch.tensor(query_lens)
-    rows_T = torch.repeat_interleave(counts_S)
-    offsets_S = torch.tensor(starts) - (counts_S.cumsum(0) - counts_S)  # from an index in the batch to a position
-    positions_T = torch.arange(len(rows_T)) + offsets_S[rows_T]
-    return positions_T, tables_SN[rows_T, positions_T // block_size] * block_size + positions_T % block_size
+def number_line(length: int) -> array[int]:
+    """0, 1, 2, … as 64-bit numbers."""
+    line = array("q")
+    line.frombytes(torch.arange(length).numpy().tobytes())
+    return line
 
 
 class PrefillBuffers:
@@ -85,7 +102,7 @@ class PrefillBuffers:
 
     def __init__(self, kv_cache: KVCache, max_context_tokens: int, max_tokens: int) -> None:
         self.max_context_tokens = max_context_tokens
-        self.null_place = kv_cache.null_block * kv_cache.block_size
+        self.null_block, self.null_place = kv_cache.null_block, kv_cache.null_block * kv_cache.block_size
         device, max_blocks = kv_cache.device, -(-max_context_tokens // kv_cache.block_size)
         # Rows: token ids, positions, places in the cache.
         self.tokens_3T = torch.zeros(3, max_tokens, dtype=torch.int64, device=device)
@@ -119,18 +136,15 @@ class PrefillBuffers:
 
     def fill(self, size: int, batch: ChunkBatch) -> None:
         """Queue the copies of a batch, padded to `size` tokens."""
-        tokens_3T, query_lens, context_lens, tables_SN = batch
-        padded_3T = torch.zeros(3, size, dtype=torch.int64)
-        padded_3T[2] = self.null_place
-        padded_3T[:, : tokens_3T.shape[1]] = tokens_3T
-        starts = torch.tensor([0, *query_lens, *[0] * (MAX_SEQUENCES - len(query_lens))]).cumsum(0)
-        lasts = (starts[1:] - 1).clamp(min=0)
-        contexts = torch.tensor(context_lens)
-        sequences_3S = torch.zeros(3, MAX_SEQUENCES + 1, dtype=torch.int32)
-        sequences_3S[0], sequences_3S[1, : len(contexts)], sequences_3S[2, :-1] = starts, contexts, lasts
-        _send(padded_3T, self.tokens_3T[:, :size])
-        _send(sequences_3S, self.sequences_3S)
-        _send(tables_SN.int(), self.tables_SN[: tables_SN.shape[0], : tables_SN.shape[1]])
+        starts = [0, *accumulate(batch.query_lens)]
+        starts += starts[-1:] * (MAX_SEQUENCES + 1 - len(starts))
+        lasts = [max(0, end - 1) for end in starts[1:]]
+        contexts = batch.context_lens + [0] * (MAX_SEQUENCES + 1 - len(batch.context_lens))
+        sequences = torch.frombuffer(array("i", [*starts, *contexts, *lasts, 0]), dtype=torch.int32)
+        tables_SN = batch.tables_SN(self.null_block)
+        _send(batch.tokens_3T(size - len(batch.ids), self.null_place), self.tokens_3T[:, :size])
+        _send(sequences.view_as(self.sequences_3S), self.sequences_3S)
+        _send(tables_SN, self.tables_SN[: tables_SN.shape[0], : tables_SN.shape[1]])
 
 
 @dataclass

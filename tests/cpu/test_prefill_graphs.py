@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from bench import SHAPES, write_shape
-from nanovllm.engine.prefill_graphs import ChunkBatch, PrefillGraphs, token_places, token_sizes
+from nanovllm.engine.prefill_graphs import ChunkBatch, PrefillGraphs, number_line, token_sizes
+from nanovllm.engine.shards import PrefillChunk, PrefillShard
 from nanovllm.engine.step_sizes import MAX_SEQUENCES
 from nanovllm.models.model_config import load_model_config
 
@@ -56,38 +58,44 @@ def test_steps_one_after_the_other(graphs: PrefillGraphs) -> None:
         starts = [rng.randint(0, MAX_MODEL_LEN - min(n, MAX_MODEL_LEN)) for n in query_lens]
         query_lens = [min(n, MAX_MODEL_LEN - start) for n, start in zip(query_lens, starts, strict=True)]
         contexts = [n + start for n, start in zip(query_lens, starts, strict=True)]
-        tables = torch.tensor([rng.sample(range(NUM_BLOCKS), -(-max(contexts) // BLOCK_SIZE)) for _ in range(count)])
-        positions, mapping = token_places(starts, query_lens, tables, BLOCK_SIZE)
-        expected = [(s, starts[s] + i) for s in range(count) for i in range(query_lens[s])]
-        assert positions.tolist() == [position for _, position in expected]
-        places = [int(tables[s, p // BLOCK_SIZE]) * BLOCK_SIZE + p % BLOCK_SIZE for s, p in expected]
-        assert mapping.tolist() == places
+        chunks = [
+            PrefillChunk(ids, start, tuple(rng.sample(range(NUM_BLOCKS), -(-context // BLOCK_SIZE))))
+            for ids, start, context in zip(any_ids(rng, query_lens), starts, contexts, strict=True)
+        ]
+        batch = ChunkBatch.of(PrefillShard(0, 0, tuple(chunks)), BLOCK_SIZE, number_line(NUM_BLOCKS * BLOCK_SIZE))
+        expected = [
+            (token, position, chunk.block_table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
+            for chunk in chunks
+            for position, token in enumerate(chunk.tokens, chunk.start)
+        ]
+        tokens_3T = torch.tensor(expected).T
+        assert torch.equal(batch.tokens_3T(), tokens_3T) and batch.tokens_3T().dtype == torch.int64
+        assert (batch.query_lens, batch.context_lens) == (query_lens, contexts)
 
-        ids = torch.tensor([rng.randrange(VOCABULARY) for _ in expected])
-        size = graphs.size_for(len(ids), count)
+        size = graphs.size_for(len(expected), count)
         assert size is not None
-        graphs.replay(size, ChunkBatch(torch.stack([ids, positions, mapping]), query_lens, contexts, tables))
-        check(graphs._graphs[size], ids, positions, mapping, query_lens, contexts, tables)  # type: ignore[arg-type]
+        graphs.replay(size, batch)
+        check(graphs._graphs[size], tokens_3T, chunks)  # type: ignore[arg-type]
 
 
-def check(
-    seen: Seen,
-    ids: torch.Tensor,
-    positions: torch.Tensor,
-    mapping: torch.Tensor,
-    query_lens: list[int],
-    contexts: list[int],
-    tables: torch.Tensor,
-) -> None:
-    count, total = len(query_lens), len(ids)
-    assert torch.equal(seen.tokens[:, :total], torch.stack([ids, positions, mapping]))
+def any_ids(rng: random.Random, lengths: list[int]) -> list[array[int]]:
+    return [array("q", (rng.randrange(VOCABULARY) for _ in range(length))) for length in lengths]
+
+
+def check(seen: Seen, tokens_3T: torch.Tensor, chunks: list[PrefillChunk]) -> None:
+    count, total = len(chunks), tokens_3T.shape[1]
+    query_lens, contexts = [len(c.tokens) for c in chunks], [c.start + len(c.tokens) for c in chunks]
+    assert torch.equal(seen.tokens[:, :total], tokens_3T)
     assert (seen.tokens[2, total:] == NUM_BLOCKS * BLOCK_SIZE).all(), "a token of no sequence writes where it may not"
+    assert (seen.tokens[:2, total:] == 0).all()
     starts, context_lens, lasts = seen.sequences.tolist()
     ends = [sum(query_lens[: s + 1]) for s in range(count)]
     assert starts == [0, *ends, *[total] * (MAX_SEQUENCES - count)]
     assert context_lens == [*contexts, *[0] * (MAX_SEQUENCES + 1 - count)]
     assert lasts[:count] == [end - 1 for end in ends] and max(lasts) < seen.size
-    assert torch.equal(seen.tables[:count, : tables.shape[1]], tables.int())
+    width = max(len(chunk.block_table) for chunk in chunks)
+    for chunk, row in zip(chunks, seen.tables[:count, :width].tolist(), strict=True):
+        assert row == [*chunk.block_table, *[NUM_BLOCKS] * (width - len(chunk.block_table))]
 
 
 def test_steps_that_do_not_fit_are_launched_eagerly(graphs: PrefillGraphs) -> None:
