@@ -117,7 +117,7 @@ def plot(points: Sequence[Stats], path: Path) -> None:
     for axis, (key, name, title) in zip(axes, CURVES, strict=True):
         for mode, line in curves(points, key, name).items():
             axis.plot(*zip(*line, strict=True), marker="o", label=mode)
-        axis.set(xlabel="requests a second", ylabel=title, yscale="log")
+        axis.set(xlabel="requests a second", ylabel=title, ylim=(0, None))
         axis.legend()
     figure.tight_layout()
     figure.savefig(path)

@@ -21,6 +21,7 @@ from nanovllm.engine.pipeline_graphs import StageTimer, TimedStage
 from nanovllm.engine.shards import DecodeShard
 from nanovllm.engine.trace import DeviceClock, TraceRecorder
 from tests.random_work import TINY, Work, answers, check_nothing_left
+from tools.plot_trace import lanes_of
 from tools.trace_overlap import main as print_overlap
 from tools.trace_overlap import overlap_ms
 
@@ -408,3 +409,21 @@ def test_nothing_overlaps_without_overlap(tmp_path: Path) -> None:
     figures = overlap_ms(load(tmp_path / "run.json"))
     assert figures["prefill_ms"] > 0 and figures["decode_ms"] > 0 and figures["copies_ms"] > 0
     assert figures["prefill_decode_ms"] == figures["copies_decode_ms"] == figures["copies_prefill_ms"] == 0
+
+
+def test_lanes_of_a_picture() -> None:
+    names = [("process_name", 2, None, "card 0"), ("process_name", 1, None, "host"), ("thread_name", 2, 21, "prefill")]
+    names += [("thread_name", 1, 10, "scheduler"), ("thread_name", 2, 24, "copies to card 1")]
+    events: list[dict[str, Any]] = [
+        {"ph": "M", "name": kind, "pid": pid, "args": {"name": name}} | ({} if tid is None else {"tid": tid})
+        for kind, pid, tid, name in names
+    ]
+    for pid, tid, begin_us, us in ((2, 21, 9000, 500), (1, 10, 5000, 250), (2, 21, 6000, 2000), (2, 24, 7999, 1)):
+        events.append({"ph": "X", "pid": pid, "tid": tid, "ts": begin_us, "dur": us})
+    assert lanes_of(events, 0.0, 100.0) == {
+        "host: scheduler": [(0.0, 0.25)],
+        "card 0: prefill": [(1.0, 2.0), (4.0, 0.5)],
+        "card 0: copies to card 1": [(2.999, 0.001)],
+    }
+    assert lanes_of(events, 1.0, 3.0) == {"card 0: prefill": [(1.0, 2.0)], "card 0: copies to card 1": [(2.999, 0.001)]}
+    assert lanes_of(events, 5.0, 9.0) == {}
