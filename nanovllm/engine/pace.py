@@ -9,7 +9,7 @@ from nanovllm.engine.step_sizes import chunk_sizes
 
 MEASURED_TOKENS = 512  # a prefill step of fewer says little about many
 WEIGHT = 0.2  # of a new measurement in a moving average
-LENT_STRETCH = 2.0  # of a decode step that lends about half of its SMs: before it was measured, and the most by default
+LENT_STRETCH = 2.0  # of a decode step that lends about half of its SMs, before it was measured
 
 
 class Pace:
@@ -62,10 +62,11 @@ class Pace:
         return chunk_sizes(num_rows, self._max_num_seqs)[0] * self.token_s <= self._room_s(card)
 
     def keeps_slo_lending(self, num_rows: int) -> bool:
-        """Whether steps of the last card, of so many rows, keep its SLO beside a lent one."""
-        doubled_s = LENT_STRETCH * self.decode_s[-1]
-        slo_s = doubled_s if self._slo_s is None else self._slo_s
-        return num_rows == 0 or (self._beside_lent_s or doubled_s) <= slo_s
+        """Whether steps of the last card, of so many rows, keep its SLO beside a lent one. Without an SLO they do: what
+        the default asks for, at most twice the time alone, is a matter of the split."""
+        if self._slo_s is None or num_rows == 0:
+            return True
+        return (self._beside_lent_s or LENT_STRETCH * self.decode_s[-1]) <= self._slo_s
 
     def _room_s(self, card: int) -> float:
         decode_s, is_last = self.decode_s[card], card == len(self.decode_s) - 1

@@ -243,18 +243,7 @@ def test_lending_under_an_slo() -> None:
     assert not pace.keeps_slo_lending(4) and pace.decode_s[1] == decode_s
     pace.record(decode, 0.005)
     assert pace.keeps_slo_lending(4), "what was measured beside lent steps of another time says nothing"
-
-
-def test_lending_by_default_stops_where_it_doubles_a_decode_step() -> None:
-    pace = Pace(2, 8, itl_slo_ms=None)
-    assert pace.keeps_slo_lending(4)
-    beside = DecodeShard(1, 1, (0,), 8, beside_lent=True)
-    pace.record(DecodeShard(1, 1, (0,), 8), 0.007)
-    for beside_s, keeps in ((0.013, True), (0.040, False), (0.001, False)):  # an average: the last one is not enough
-        pace.record(beside, beside_s)
-        assert pace.keeps_slo_lending(4) == keeps and pace.keeps_slo_lending(0)
-    pace.record(DecodeShard(1, 1, (0,), 8), 0.007)
-    assert pace.keeps_slo_lending(4)
+    assert Pace(2, 8, None).keeps_slo_lending(4)
 
 
 def test_the_pace_of_prompts_is_not_a_lent_steps(monkeypatch: pytest.MonkeyPatch) -> None:
