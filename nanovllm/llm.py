@@ -50,6 +50,9 @@ class LLM:
     `model`: a local folder in Hugging Face format, or a hub id. Keywords: see `Config`. Every method may be called
     from any thread. Mistakes raise `ValueError` (`FileNotFoundError` for missing files) before any work.
 
+    Close it, or use it in a `with`: as long as one is open, garbage collections do not look at what there was when it
+    was made, and would not find it in a cycle of references.
+
     `startup`: wall-clock seconds of what came before this object was ready, by part: `import_s` (once a process:
     from the begin of `import nanovllm` to the end of this file's imports), `tokenizer_s`, `devices_s` (CUDA contexts),
     `weights_s`, `kv_pool_s`, `compile_s`, `capture_s`, `reserve_s` (memory of steps), and `total_s`, which also counts
@@ -338,7 +341,7 @@ class _Increment:
         self._ended = False
 
     def of(self, completion: Any, with_text: bool) -> Iterator[StreamOutput]:
-        ids = completion.token_ids[self._num_tokens :]
+        ids = completion.tokens_from(self._num_tokens)
         ended = completion.finish_reason is not None
         if self._ended or not (ids or ended):
             return
@@ -397,12 +400,15 @@ def _start_engine(config: Config, runners: list[ModelRunner]) -> LLMEngine:
     scheduler = Scheduler(config, num_blocks, runners[0].prefill_token_s, runners[-1].lends)
     if not config.overlap:
         return LLMEngine(config, scheduler, lambda notify: InlineExecutor(cards))
-    keep_pauses_short()
     engine = LLMEngine(config, scheduler, lambda notify: ThreadedExecutor(cards, notify))
     engine.start()
+    keep_pauses_short()
     return engine
 
 
 def _stop_engine(engine: LLMEngine) -> None:
-    engine.close()
-    collect_all_again()
+    try:
+        engine.close()
+    finally:
+        if engine.config.overlap:
+            collect_all_again()

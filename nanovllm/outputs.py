@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from nanovllm.engine.sequence import Request, Sequence, Timeline
@@ -33,7 +34,7 @@ class CompletionOutput:
         self.error = sequence.error if self.finish_reason == "error" else None
         self._sequence = sequence
         self._tokenizer = tokenizer
-        self._num_tokens = sequence.num_output_tokens if self.finish_reason else num_settled
+        self.num_tokens = sequence.num_output_tokens if self.finish_reason else num_settled
         self._watched_text = sequence.watcher.text if sequence.watcher and self.finish_reason else None
 
     @property
@@ -42,8 +43,12 @@ class CompletionOutput:
 
     @property
     def token_ids(self) -> list[int]:
+        return self.tokens_from(0)
+
+    def tokens_from(self, first: int) -> list[int]:
+        """`token_ids[first:]`, without making a list of those before."""
         start = self._sequence.num_prompt_tokens
-        return self._sequence.tokens[start : start + self._num_tokens].tolist()
+        return self._sequence.tokens[start + first : start + self.num_tokens].tolist()
 
     @property
     def text(self) -> str:
@@ -61,14 +66,14 @@ class CompletionOutput:
         """Sum of the sampled ids' log-probabilities; None unless `logprobs` was asked for."""
         if self.params.logprobs is None:
             return None
-        return sum(entry.chosen for entry in self._sequence.logprobs[: self._num_tokens])
+        return sum(entry.chosen for entry in self._sequence.logprobs[: self.num_tokens])
 
     @property
     def logprobs(self) -> list[dict[int, Logprob]] | None:
         """For each output token: the most likely ids and the sampled one. None unless asked for."""
         if self.params.logprobs is None:
             return None
-        entries = zip(self.token_ids, self._sequence.logprobs[: self._num_tokens], strict=True)
+        entries = zip(self.token_ids, self._sequence.logprobs[: self.num_tokens], strict=True)
         return [
             {token: Logprob(entry.chosen, entry.rank)}
             | {other: Logprob(value, rank) for rank, (other, value) in enumerate(entry.top, 1) if other != token}
@@ -120,14 +125,18 @@ class RequestOutput:
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
         self.request_id = request.request_id
         self.prompt = request.prompt
-        self.prompt_token_ids = request.prompt_token_ids.tolist()  # the caller's to keep, and to extend
         self.outputs = [CompletionOutput(sequence, tokenizer) for sequence in request.sequences]
         self.finished = all(output.finish_reason is not None for output in self.outputs)
         self.num_cached_tokens = request.num_cached_tokens
         # Why, where a `finish_reason` is "error"; else None.
         self.error = next((o.error for o in self.outputs if o.error is not None), None)
         self._request = request
-        self._num_tokens = len(self.outputs[0].token_ids)
+        self._num_tokens = self.outputs[0].num_tokens
+
+    @cached_property
+    def prompt_token_ids(self) -> list[int]:
+        """The caller's to keep, and to extend."""
+        return self._request.prompt_token_ids.tolist()
 
     @property
     def metrics(self) -> RequestMetrics:
