@@ -21,5 +21,6 @@ def keep_pauses_short() -> None:
 
 
 def collect_all_again() -> None:
-    """An engine has ended: collections find what of it is garbage. Other engines' objects are looked at again, too."""
+    """An engine has ended: what of it is garbage can be found from now on. Python cannot tell it from what another
+    engine keeps out of sight, which is looked at again, too."""
     gc.unfreeze()

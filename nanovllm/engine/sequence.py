@@ -1,6 +1,6 @@
 """A request and its sequences (n of them), as the plan sees them. Only the engine thread writes here.
 
-Readers in other threads see token lists that only grow, and `finish_reason` set after the last token was
+Readers in other threads see token arrays that only grow, and `finish_reason` set after the last token was
 appended: a reader that looks at `finish_reason` first never sees a finished sequence that is short of tokens.
 """
 

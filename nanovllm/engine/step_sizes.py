@@ -29,8 +29,7 @@ def chunk_sizes(num_rows: int, max_num_seqs: int) -> list[int]:
 
 def tokens_within(budget_tokens: int, num_rows: int, max_num_seqs: int) -> int:
     """Prompt tokens beside so many decode rows in a step of at most `budget_tokens`, at least 1: of a small budget the
-    most that fill a captured step, padding included; of a larger one what the rows leave, as padding would cost more
-    than launches do."""
+    most that fill a captured step, padding included; of a larger one what the rows leave."""
     rest = max(1, budget_tokens - num_rows)
     if num_rows == 0 or budget_tokens > STEP_TOKENS[-2]:
         return rest

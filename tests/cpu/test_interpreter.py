@@ -19,6 +19,20 @@ def test_collections_do_not_look_at_what_was_loaded(tmp_path: Path) -> None:
     assert gc.get_freeze_count() == 0
 
 
+def test_what_is_left_of_an_engine_is_found_beside_another(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    with make_llm(folder):
+        second = make_llm(folder)
+        model = weakref.ref(second.decode_runner.model)
+        with make_llm(folder, overlap=False):
+            pass
+        assert gc.get_freeze_count() > 0, "it froze nothing"
+        second.close()
+        del second
+        gc.collect()
+        assert model() is None
+
+
 @pytest.mark.parametrize("closed", [True, False])
 def test_a_model_is_collected_after_its_engine(tmp_path: Path, closed: bool) -> None:
     llm = make_llm(write_model(tmp_path))
