@@ -284,7 +284,7 @@ def regrets_of(reference: Reference, kinds: list[Kind], answers: list[tuple[int,
 
 
 def is_greedy(params: SamplingParams) -> bool:
-    return params.temperature == 0 and not params.has_penalty
+    return params.temperature == 0 and not params.has_penalty and not params.min_tokens
 
 
 def live(args: argparse.Namespace, folder: str, kinds: list[Kind], number: int, left: int, until_s: float) -> Any:
@@ -319,19 +319,22 @@ def soak(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     begun_s = time.monotonic()
     end_s = begun_s + 60 * args.minutes if args.minutes else float("inf")
     totals: Counter[str] = Counter()
+    given: list[tuple[int, Answer]] = []  # to be checked at the end, so that it takes no time from the lives
     equal = different = number = 0
     while totals["requests"] < args.requests and time.monotonic() < end_s:
         left = min(args.requests - totals["requests"], LIFE_REQUESTS if not args.minutes else 10**9)
         until_s = min(end_s, time.monotonic() + 60 * args.minutes / LIVES_IN_MINUTES) if args.minutes else 1e18
         counts, answers = live(args, folder, kinds, number, left, until_s)
         release_memory()
-        if model is not None:
-            print(regrets_of(model, kinds, answers).check(BFLOAT16), flush=True)
+        given += answers if model is not None else []
         same, other = count_equal(answers, reference)
         totals.update(counts)
         equal, different, number = equal + same, different + other, number + 1
+    seconds = time.monotonic() - begun_s
+    if model is not None:
+        print(regrets_of(model, kinds, given).check(BFLOAT16))
     figures = {"lives": number, "answers_equal": equal, "answers_different": different, "totals": dict(totals)}
-    return figures | {"seconds": time.monotonic() - begun_s, "reference_seconds": begun_s - started_s}
+    return figures | {"seconds": seconds, "reference_seconds": begun_s - started_s}
 
 
 def release_memory() -> None:

@@ -33,7 +33,7 @@ def test_a_chunk_fills_a_captured_step(max_num_seqs: int) -> None:
     ("budget", "rows", "tokens"),
     [
         (512, 0, 512), (512, 20, 480), (512, 130, 256), (512, 256, 256), (300, 20, 224), (1024, 20, 992),
-        (1024, 300, 512), (1025, 20, 1005), (2048, 300, 1748), (8192, 20, 8172),  # beyond: not captured
+        (1024, 300, 512), (1025, 20, 1005), (2048, 300, 1748), (8192, 20, 8172),  # beyond: what the rows leave
         (512, 300, 212), (512, 600, 1), (10, 3, 7),  # whatever the rows are padded to is more than the budget
     ],
 )  # fmt: skip

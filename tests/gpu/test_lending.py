@@ -177,8 +177,11 @@ def test_a_lent_step_begins_behind_the_decode_steps_before_it() -> None:
     plan = make_plan(6, model.config.vocab_size)
     start(plan, [runner])
     shard = plan.shard([(plan.add(200), 100)], plan.decoding[:20])
-    for _ in range(5):
-        on_whole_card = [runner.run_decode_core(shard.decode) for _ in range(8)]
+    assert runner.stream is not None
+    for _ in range(3):
+        with torch.cuda.stream(runner.stream):
+            torch.cuda._sleep(100_000_000)  # longer than the host takes for the launches
+        on_whole_card = [runner.run_decode_core(shard.decode) for _ in range(2)]
         lent = runner.run_prefill(replace(shard.prefill, lent=True))
         lent.wait()
         on_whole_card[-1].wait()
