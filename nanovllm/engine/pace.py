@@ -7,6 +7,10 @@ import math
 from nanovllm.engine.shards import DecodeShard, MixedShard, PrefillShard, Shard
 from nanovllm.engine.step_sizes import chunk_sizes
 
+PREFILL_TOKENS = (2048, 4096, 8192)  # of a step of card 0 with elastic roles
+PREFILL_STEP_S = (
+    0.12  # of which none but the smallest takes more: what card 0 has launched, card 1 cannot take any more
+)
 MEASURED_TOKENS = 512  # a prefill step of fewer says little about many
 WEIGHT = 0.2  # of a new measurement in a moving average
 LENT_STRETCH = 2.0  # of a decode step that lends about half of its SMs, before it was measured
@@ -71,6 +75,13 @@ class Pace:
     def _room_s(self, card: int) -> float:
         decode_s, is_last = self.decode_s[card], card == len(self.decode_s) - 1
         return decode_s if self._slo_s is None or not is_last else self._slo_s - decode_s
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Prompt tokens of a step of card 0 that has no rows."""
+        return max(
+            (size for size in PREFILL_TOKENS if self.seconds_of(size) <= PREFILL_STEP_S), default=PREFILL_TOKENS[0]
+        )
 
     def seconds_of(self, num_tokens: int) -> float:
         """What a card takes for so many prompt tokens; infinite as long as none was measured."""

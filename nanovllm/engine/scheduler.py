@@ -40,7 +40,6 @@ from nanovllm.engine.step_sizes import LENT_TOKENS, MAX_SEQUENCES, tokens_within
 from nanovllm.engine.stopwatch import Stopwatch
 
 PREFILL_STEPS_IN_FLIGHT = 2  # one computes, one waits in the card's queue: the host never starves the card
-PREFILL_TOKENS = 8192  # of a step of card 0 with elastic roles: what it has launched, card 1 cannot take any more
 HELP_ALONE_TOKENS = 2048  # of a step in which the decode card has nothing to decode: what arrives waits no longer
 HELP_AFTER_S = 0.03  # of prefill work waiting for card 0, before the decode card takes a prompt
 LIVES_TO_DECODE = frozenset({State.PREFILLING, State.COPYING, State.READY, State.DECODING, State.RETURNING})
@@ -177,7 +176,7 @@ class Scheduler:
         if batch is not None and rows and not batch.may_launch:
             return 0  # a chunk travels with the rows
         if self.elastic:
-            alone = PREFILL_TOKENS if card == self.prefill_card else HELP_ALONE_TOKENS
+            alone = self.pace.prefill_tokens if card == self.prefill_card else HELP_ALONE_TOKENS
             return min(most, self.pace.chunk_tokens(card, rows) if rows else alone)
         return most if card != self.decode_card else tokens_within(most, rows, self.config.max_num_seqs)
 

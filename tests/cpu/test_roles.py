@@ -386,3 +386,10 @@ def test_a_decode_step_does_not_wait_for_prompts_to_be_admitted() -> None:
     plan.in_flight += shards
     assert isinstance(plan.in_flight[-1], CopyShard) and not plan.scheduler.waiting
     plan.drain()
+
+
+@pytest.mark.parametrize(
+    ("tokens_per_s", "tokens"), [(0, 2048), (10_000, 2048), (34_000, 2048), (42_000, 4096), (69_000, 8192)]
+)
+def test_card_0_launches_no_more_at_once_than_it_does_soon(tokens_per_s: float, tokens: int) -> None:
+    assert Pace(2, 8, None, 1 / tokens_per_s if tokens_per_s else 0.0).prefill_tokens == tokens
