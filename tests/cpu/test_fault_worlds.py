@@ -60,7 +60,7 @@ def test_worlds_that_lend_with_faults(monkeypatch: pytest.MonkeyPatch) -> None:
         lose_card(recovery, card)
 
     monkeypatch.setattr(Recovery, "lose_card", noted)
-    for seed in range(200):
+    for seed in range(350):
         run_random(seed, 25, some_chaos(seed).install, lending_world)
     assert lost[0, True] and lost[1, True], lost
 
