@@ -8,9 +8,7 @@ from nanovllm.engine.shards import DecodeShard, MixedShard, PrefillShard, Shard
 from nanovllm.engine.step_sizes import chunk_sizes
 
 PREFILL_TOKENS = (2048, 4096, 8192)  # of a step of card 0 with elastic roles
-PREFILL_STEP_S = (
-    0.12  # of which none but the smallest takes more: what card 0 has launched, card 1 cannot take any more
-)
+PREFILL_STEP_S = 0.12  # of it, but for the smallest: what card 0 has launched, card 1 cannot take any more
 MEASURED_TOKENS = 512  # a prefill step of fewer says little about many
 WEIGHT = 0.2  # of a new measurement in a moving average
 LENT_STRETCH = 2.0  # of a decode step that lends about half of its SMs, before it was measured
