@@ -3,6 +3,7 @@
     python tools/bench_host.py --rows 512
 
 Needs no GPU. Milliseconds, median and 90th percentile of 100 iterations; each collects a step and launches the next.
+With `--idle-ms` the loop sleeps before each iteration, as it does while a card computes: its core is then slower.
 The last line is one JSON object.
 """
 
@@ -37,7 +38,7 @@ class InstantCard(Executor):
         self._completed.append(job)
 
 
-def measure(rows: int) -> list[float]:
+def measure(rows: int, idle_s: float = 0.0) -> list[float]:
     """Seconds of each iteration with `rows` sequences decoding."""
     config = Config.from_kwargs("none", {"max_num_seqs": rows})
     blocks = rows * ((PROMPT_TOKENS + MAX_TOKENS) // config.kvcache_block_size + 2)
@@ -51,6 +52,7 @@ def measure(rows: int) -> list[float]:
         engine.step()
     taken = []
     for _ in range(SETTLED + ITERATIONS):
+        time.sleep(idle_s)
         started = time.perf_counter()
         engine.step()
         taken.append(time.perf_counter() - started)
@@ -61,14 +63,17 @@ def measure(rows: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=512)
-    rows = parser.parse_args().rows
-    taken = measure(rows)
+    parser.add_argument("--idle-ms", type=float, default=0.0, help="slept before each iteration")
+    args = parser.parse_args()
+    taken = measure(args.rows, args.idle_ms / 1e3)
     figures = {
-        "rows": rows,
+        "rows": args.rows,
+        "idle_ms": args.idle_ms,
         "median_ms": statistics.median(taken) * 1e3,
         "p90_ms": statistics.quantiles(taken, n=10)[8] * 1e3,
     }
-    print(f"{rows} rows: {figures['median_ms']:.3f} ms, 90th percentile {figures['p90_ms']:.3f} ms")
+    case = f"{args.rows} rows, idle {args.idle_ms:g} ms"
+    print(f"{case}: {figures['median_ms']:.3f} ms, 90th percentile {figures['p90_ms']:.3f} ms")
     print(json.dumps(figures))
 
 
