@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -29,7 +30,16 @@ from bench_decode_pipeline import add_pipeline_arguments, pipeline_config, split
 from bench_load import Load, LocalEngine, measure, warm_up_load
 from bench_load_options import add_load_arguments, check_together, each, load_of, positive
 from bench_report import identity, make_report, table_rows
-from bench_steps import DECODE_CASES, PREFILL_CASES, Case, Ceiling, bench_decode_steps, bench_prefill, step_lines
+from bench_steps import (
+    DECODE_CASES,
+    PREFILL_CASES,
+    Case,
+    Ceiling,
+    bench_decode_steps,
+    bench_prefill,
+    python_thread,
+    step_lines,
+)
 from green_ctx import GreenContextError
 
 if TYPE_CHECKING:
@@ -159,8 +169,13 @@ def run_rates(args: argparse.Namespace, load: Load, stack: ExitStack) -> dict[st
     if args.warmup:
         warm_up_load(llm, args.input_len)
     figures: dict[str, Any] = {"points": [], "about": {}}
+    mode = "pd" if args.two_gpus else "one"
     for rate in args.request_rate:
-        add_point(figures, "pd" if args.two_gpus else "one", target, measure(target, load, rate, rate.number))
+        add_point(figures, mode, target, measure(target, load, rate, rate.number))
+        if args.beside_python:  # with prompts of its own, which no prefix cache knows yet
+            with python_thread():
+                measured = measure(target, replace(load, seed=load.seed + 1), rate, rate.number)
+            add_point(figures, f"{mode} beside Python", target, measured)
     return figures
 
 
@@ -199,6 +214,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         "device": args.device,
         "enable_two_gpu_pd": args.two_gpus,
         "load_format": "dummy" if args.shape else "auto",
+        "enable_prefix_caching": args.enable_prefix_caching,
         "enforce_eager": args.enforce_eager,
         "attention_backend": args.attention_backend,
         "overlap": args.overlap,
@@ -245,6 +261,8 @@ def make_parser() -> Parser:
     parser.add_argument("--max-output-len", type=positive, default=1024)
     parser.add_argument("--seed", type=int, default=0, help="of the workload and of the engine's sampling")
     parser.add_argument("--warmup", action=argparse.BooleanOptionalAction, default=True, help="a request beforehand")
+    text = "decode steps, or a load on one engine, also beside a thread of pure Python"
+    parser.add_argument("--beside-python", action="store_true", help=text)
     add_step_arguments(parser.add_argument_group("single steps, instead of the workload"))
     add_load_arguments(parser.add_argument_group("load, instead of the workload", "definitions: bench_metrics.py"))
     add_engine_arguments(parser.add_argument_group("engine", "as in nanovllm.Config; left out: its defaults"))
@@ -259,7 +277,6 @@ def add_step_arguments(group: argparse._ArgumentGroup) -> None:
         "--cases", type=each(case_name), metavar="BATCHxTOKENS,...", help="left out: the table of the docs"
     )
     group.add_argument("--repeats", type=positive, default=5)
-    group.add_argument("--beside-python", action="store_true", help="time steps also beside a thread of pure Python")
     group.add_argument("--read-tb-per-s", type=float, default=4.45, help="of the card's memory; default: an H200's")
     group.add_argument("--tflops", type=float, default=797.0, help="of the card's bf16 products; default: an H200's")
 
@@ -280,6 +297,7 @@ def add_engine_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--itl-slo-ms", type=float, metavar="MS")
     group.add_argument("--lend-sms", type=split_counts, metavar="D:P", help="of the decode card: decode, prompts")
     group.add_argument("--num-kvcache-blocks", type=block_counts, metavar="N[,N]", help="a card, or card 0,card 1")
+    group.add_argument("--no-prefix-caching", dest="enable_prefix_caching", action="store_false")
     group.add_argument("--enforce-eager", action="store_true")
     group.add_argument("--attention-backend", choices=("auto", "flash_attn", "triton", "torch"), default="auto")
     group.add_argument("--no-overlap", dest="overlap", action="store_false", help="one loop, nothing in flight")

@@ -70,6 +70,8 @@ def check_together(args: argparse.Namespace) -> None:
         raise ValueError("--request-rate is a run of its own, without --decode-steps and --prefill")
     if args.compare and (args.two_gpus or args.pd_roles):
         raise ValueError("--compare names its modes: without --two-gpus and --pd-roles")
+    if args.beside_python and (args.compare or not (args.decode_steps or args.request_rate)):
+        raise ValueError("--beside-python needs --decode-steps, or --request-rate without --compare")
     shares = [rate.label for rate in args.request_rate or () if rate.is_share]
     if shares and not (args.compare and BASELINE in args.compare):
         raise ValueError(f"rate {shares[0]} is a share of what two replicas can do: it needs {BASELINE} in --compare")

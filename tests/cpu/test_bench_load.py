@@ -358,6 +358,15 @@ def test_a_chat_finds_its_past_in_the_cache(capsys: pytest.CaptureFixture[str]) 
     assert first["cached_tokens"] == 0 < second["cached_tokens"] and "turn 1" in table
 
 
+def test_a_chat_computed_again_beside_a_thread_of_python(capsys: pytest.CaptureFixture[str]) -> None:
+    chat = ["--workload", "chat", "--turns", "2", "--think-s", "0.1", "--input-len", "100", "--range-ratio", "0"]
+    _, figures = run_bench(
+        [*SMALL, "--two-gpus", "--request-rate", "inf", "--beside-python", "--no-prefix-caching", *chat], capsys
+    )
+    assert [point["mode"] for point in figures["points"]] == ["pd", "pd beside Python"]
+    assert [turn["cached_tokens"] for point in figures["points"] for turn in point["turns"]] == [0] * 4
+
+
 def test_modes_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--budgets", "64", "--workload", "prefix", "--num-prefixes", "2", "--prefix-len", "16"]
     table, figures = run_bench(
@@ -392,6 +401,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--request-rate", "0.5x", "--compare", "one,pd"], "two-replicas"),
     (["--request-rate", "0.5x", "--compare", "two-replicas", "--workload", "chat"], "chat"),
     (["--compare", "one"], "--request-rate"),
+    (["--beside-python"], "--decode-steps"),
+    (["--beside-python", "--request-rate", "1", "--compare", "one"], "--compare"),
     (["--goodput", "ttft:5"], "--request-rate"),
     (["--request-rate", "1", "--compare", "one,three"], "three"),
     (["--request-rate", "1", "--compare", "one", "--two-gpus"], "--two-gpus"),
