@@ -323,6 +323,24 @@ def test_a_chunk_keeps_to_the_slo() -> None:
     assert pace.keeps_slo(1, 0), "nobody waits"
 
 
+@pytest.mark.parametrize(
+    ("slo_ms", "decode_s", "tokens"),
+    [
+        (None, [0.003, 0.02], 960),  # as long as card 1's steps may take: 40 ms
+        (None, [0.02, 0.003], 960),  # and twice its own, if they are quicker
+        (24.0, [0.003, 0.02], 960),
+        (24.0, [0.011, 0.02], 448),
+        (24.0, [0.021, 0.003], 960),  # prompts come first
+    ],
+)
+def test_on_card_0_a_chunk_is_what_readers_of_card_1_would_bear(
+    slo_ms: float | None, decode_s: list[float], tokens: int
+) -> None:
+    pace = Pace(2, 512, itl_slo_ms=slo_ms, token_s=2e-5)
+    pace.decode_s = decode_s
+    assert pace.chunk_tokens(0, 64) == tokens
+
+
 def test_a_mixed_step_tells_what_decoding_alone_would_take() -> None:
     pace = Pace(2, 512, itl_slo_ms=None)
     pace.record(PrefillShard(0, 1, (_chunk(1000),)), 0.02)
