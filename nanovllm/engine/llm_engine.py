@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # it imports torch
 
 logger = logging.getLogger("nanovllm")
 
+GATHER_S = 0.001  # for which requests are gathered that cannot be begun now
 HUNG_CLOSE_S = 1.0  # how long closing waits for workers of which one hangs
 
 
@@ -48,6 +49,8 @@ class LLMEngine:
         self._live: dict[str, Request] = {}
         self._queues: dict[Request, OutputQueue] = {}  # of those that live
         self._wake = threading.Event()
+        self._gathers = False  # requests, which need not wake it
+        self._only_heard = False  # in its last iteration, which launched nothing and collected nothing
         self._lock = threading.RLock()
         self._closing = False
         self._error: BaseException | None = None
@@ -75,7 +78,8 @@ class LLMEngine:
             self._live[request.request_id] = request
             self._queues[request] = queue
         self._inbox.append((request, queue))
-        self._wake.set()
+        if not self._gathers:  # looked at behind the append: a loop that gathers has yet to look
+            self._wake.set()
 
     def abort(self, request_id: str) -> None:
         """End a request soon; unknown or finished ones are left alone."""
@@ -147,6 +151,7 @@ class LLMEngine:
             self.executor.launch(shard)
             num_launched += 1
         happened = bool(messages or jobs or num_launched)
+        self._only_heard = bool(messages) and not (jobs or num_launched)
         if happened:
             self.metrics.loop_seconds += time.perf_counter() - begin_s
             self.metrics.loop_cpu_seconds += time.thread_time() - begin_cpu_s
@@ -163,11 +168,21 @@ class LLMEngine:
                 if not self.step():
                     self._check_progress()
                     self._wake.wait(self._watchdog.interval_s)
+                elif self._only_heard:
+                    self._gather()
                 if self._beat_s >= self._watchdog.next_look_s:
                     self._look_for_hangs()
         except BaseException as error:
             logger.exception("the engine loop failed")
             self._die(error)
+
+    def _gather(self) -> None:
+        """Requests came that cannot be begun now, and more may follow at once. Woken for each of a thousand, the loop
+        would keep the interpreter from the caller and from the workers: only what else happens wakes it for a moment.
+        """
+        self._gathers = True
+        self._wake.wait(GATHER_S)
+        self._gathers = False  # before the inbox is looked at
 
     def _look_for_hangs(self) -> None:
         hanging = self._watchdog.look(self._beat_s, self.executor.progress())
