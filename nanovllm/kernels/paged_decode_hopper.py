@@ -283,12 +283,15 @@ def _ring_kernel(
     tables_ptr: gl.tensor, context_lens_ptr: gl.tensor,
     num_rows: gl.tensor, table_row_blocks: gl.tensor, scale_log2: gl.tensor, min_tiles: gl.tensor,
     K: gl.constexpr, GROUP: gl.constexpr, HEADS: gl.constexpr, PAGE: gl.constexpr, STAGES: gl.constexpr,
-    PDL: gl.constexpr,
+    PDL: gl.constexpr, sm_ids_ptr: gl.tensor | None = None,
 ) -> None:  # fmt: skip
     """Grid (K, S). One KV head's tiles of one share: rows that lie in it to `out`, parts of others to `Parts`."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+    if sm_ids_ptr is not None:
+        sm_id = gl.inline_asm_elementwise("mov.u32 $0, %smid;", "=r", [], gl.int32, is_pure=False, pack=1)
+        gl.store(sm_ids_ptr + gl.program_id(1) * K + gl.program_id(0), sm_id)
     share = find_share(context_lens_ptr, num_rows, gl.program_id(1), gl.num_programs(1), min_tiles)
     q_ring = _make_ring(q_desc, Q_STAGES, HEADS)
     k_ring = _make_ring(k_desc, STAGES, TILE)
@@ -327,6 +330,11 @@ def _head_descriptor(x: Tensor, box_rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), strides, [1, box_rows, HALF.value], layout)
 
 
+def count_shares(num_sms: int, ring: RingShape, num_kv_heads: int) -> int:
+    """Shares of the work, each of as many programs as there are KV heads: what fits at once on so many SMs."""
+    return max(1, num_sms * ring.programs_per_sm // num_kv_heads)
+
+
 def paged_decode_ring(
     q: Tensor,
     k_pages: Tensor,
@@ -340,12 +348,14 @@ def paged_decode_ring(
     ring: RingShape | None = None,
     pdl: bool | None = None,
     out: Tensor | None = None,
+    sm_ids: Tensor | None = None,
 ) -> Tensor:
     """`paged_decode` on Hopper, arguments and result as there, for pages that `pages_fit_ring`. Queues two kernels.
 
     max_context_tokens and row_order are not needed: the work is shared by the lengths on the card, equally anyhow.
     ring: None for the fixed choice. pdl: programmatic dependent launch (None: on Hopper). The tensor maps go with the
-    launch, so that a captured graph keeps them.
+    launch, so that a captured graph keeps them. sm_ids: int32 [S, K] with S from `count_shares`, contiguous: takes the
+    number of the SM that each program of the first kernel ran on.
     """
     (num_rows, num_heads, head_dim), (page_tokens, num_kv_heads) = q.shape, k_pages.shape[1:3]
     check_pages(q, k_pages, v_pages)
@@ -353,7 +363,8 @@ def paged_decode_ring(
     row_heads(q)  # for what it asserts
     assert pages_fit_ring(k_pages), f"pages {tuple(k_pages.shape)} of {k_pages.dtype}, strides {k_pages.stride()}"
     ring = ring or RingShape()
-    num_shares = max(1, (num_sms or count_sms(q.device)) * ring.programs_per_sm // num_kv_heads)
+    num_shares = count_shares(num_sms or count_sms(q.device), ring, num_kv_heads)
+    assert sm_ids is None or (sm_ids.shape == (num_shares, num_kv_heads) and sm_ids.is_contiguous())
     out, parts = output_like(q, out), make_parts(num_shares, q)
     early = has_pdl(q.device) if pdl is None else pdl
     group = num_heads // num_kv_heads
@@ -377,6 +388,7 @@ def paged_decode_ring(
             PAGE=page_tokens,
             STAGES=ring.num_stages,
             PDL=early,
+            sm_ids_ptr=sm_ids,
             num_warps=4,
             maxnreg=ring.max_registers,
             launch_pdl=early,

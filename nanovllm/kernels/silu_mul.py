@@ -31,6 +31,7 @@ def _silu_mul_kernel(
     BLOCKS_PER_ROW: tl.constexpr,
     SPLITS: tl.constexpr,
     PDL: tl.constexpr,
+    sm_ids_ptr: tl.tensor | None = None,
 ) -> None:
     """One program a block of one row."""
     wait_for_predecessor(PDL)
@@ -44,15 +45,21 @@ def _silu_mul_kernel(
     gate = load_product(gate_ptr, inside, size, dtype, SPLITS)
     up = load_product(gate_ptr + INTERMEDIATE, inside, size, dtype, SPLITS)
     tl.store(out_ptr + row * INTERMEDIATE + column, silu_times(gate, up, dtype).to(dtype), mask=inside)
+    if sm_ids_ptr is not None:
+        sm_id = tl.inline_asm_elementwise("mov.u32 $0, %smid;", "=r", [], tl.int32, is_pure=False, pack=1)
+        tl.store(sm_ids_ptr + program, sm_id)
 
 
-def silu_mul(gate_up: Tensor, *, out: Tensor | None = None, num_sms: int | None = None) -> Tensor:
+def silu_mul(
+    gate_up: Tensor, *, out: Tensor | None = None, num_sms: int | None = None, sm_ids: Tensor | None = None
+) -> Tensor:
     """silu(gate) · up, [T, I], of gate_up [T, 2·I] whose rows hold gate, then up.
 
     silu is computed in float32 and rounded to the tensors' dtype, then the product is rounded again: the two
     roundings of `silu_mul_reference`. gate_up: contiguous; bfloat16, float16 or float32; or its partial sums,
     float32 [S, T, 2·I] (see `rms_norm`), whose total is rounded to out's dtype first: `out` must be given then.
     out: [T, I]. num_sms: no effect; the card spreads the small programs over whatever partition the stream has.
+    sm_ids: int32 [T, blocks of a row], contiguous: takes the number of the SM that each program ran on.
     """
     T, width = gate_up.shape[-2:]
     intermediate, splits = width // 2, count_splits(gate_up)
@@ -62,6 +69,7 @@ def silu_mul(gate_up: Tensor, *, out: Tensor | None = None, num_sms: int | None 
     assert out.shape == (T, intermediate) and out.is_contiguous()
     block, num_warps = _block_and_warps(intermediate)
     blocks_per_row, pdl = triton.cdiv(intermediate, block), has_pdl(gate_up.device)
+    assert sm_ids is None or (sm_ids.shape == (T, blocks_per_row) and sm_ids.is_contiguous())
     with torch.cuda.device_of(gate_up):
         _silu_mul_kernel[(T * blocks_per_row,)](
             gate_up,
@@ -71,6 +79,7 @@ def silu_mul(gate_up: Tensor, *, out: Tensor | None = None, num_sms: int | None 
             BLOCKS_PER_ROW=blocks_per_row,
             SPLITS=splits,
             PDL=pdl,
+            sm_ids_ptr=sm_ids,
             num_warps=num_warps,
             launch_pdl=pdl,
         )

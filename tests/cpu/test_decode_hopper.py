@@ -13,7 +13,7 @@ pytest.importorskip("triton", exc_type=ImportError)
 
 from nanovllm.kernels import paged_decode_hopper as hopper_module  # noqa: E402
 from nanovllm.kernels.paged_decode import paged_decode_reference  # noqa: E402
-from nanovllm.kernels.paged_decode_hopper import RingShape, paged_decode_ring, pages_fit_ring  # noqa: E402
+from nanovllm.kernels.paged_decode_hopper import RingShape, count_shares, paged_decode_ring, pages_fit_ring  # noqa: E402
 from nanovllm.layers.attention import DecodeMetadata  # noqa: E402
 from nanovllm.layers.attention import triton as backend_module  # noqa: E402
 from nanovllm.layers.attention.triton import TritonAttention  # noqa: E402
@@ -91,6 +91,20 @@ def test_all_programs_fit_an_sm(group: int, page: int, ring: RingShape) -> None:
     assert kernel.num_warps == 8 and programs * kernel.num_warps * 32 * kernel.registers <= 65536
     assert kernel.shared_bytes >= ring.num_stages * 2 * 64 * 128 * 2
     assert "cp.async.bulk.tensor" in kernel.ptx and "wgmma.mma_async" in kernel.ptx
+
+
+def test_a_kernel_that_tells_its_sms_fits_as_well() -> None:
+    """As a test launches it on a partition, to see where it runs."""
+    q, *others = make_inputs(2, 64, torch.bfloat16)
+    sm_ids = torch.empty(count_shares(132, RingShape(), 8), 8, dtype=torch.int32, device="meta")
+    plain, told = (
+        compile_launches(90, lambda: paged_decode_ring(q, *others, 1000, num_sms=132, pdl=True, sm_ids=ids))[0]  # noqa: B023
+        for ids in (None, sm_ids)
+    )
+    assert_fits(told)
+    assert 3 * told.num_warps * 32 * told.registers <= 65536 and told.shared_bytes == plain.shared_bytes
+    ahead, behind = told.ptx.split("griddepcontrol.wait")
+    assert "%smid" in behind and "%smid" not in ahead and "%smid" not in plain.ptx
 
 
 def test_every_arrival_is_behind_a_barrier_of_all_warps() -> None:

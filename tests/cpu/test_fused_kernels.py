@@ -383,6 +383,16 @@ def test_compiles(launch: Callable[..., None], model: str, dtype: torch.dtype, c
 
 
 @pytest.mark.parametrize("capability", [80, 90])
+def test_a_silu_product_that_tells_its_sms_compiles(capability: int) -> None:
+    """As a test launches it on a partition, to see where it runs."""
+    gate_up, sm_ids = meta(8, 2 * QWEN3["0.6B"][4], dtype=torch.bfloat16), meta(8, 3, dtype=torch.int32)
+    (plain,) = compile_launches(capability, lambda: silu_mul(gate_up))
+    (told,) = compile_launches(capability, lambda: silu_mul(gate_up, sm_ids=sm_ids))
+    assert_fits(told, max_registers=64)
+    assert "%smid" in told.ptx and "%smid" not in plain.ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("model", ["0.6B", "8B", "14B"])
 def test_readers_of_partial_sums_compile(model: str, capability: int) -> None:
     for splits in (2, 4, 8):
