@@ -1,4 +1,4 @@
-"""Pipelined decode steps on a real GPU: their logits against float32, their SMs, their memory, and a whole engine."""
+"""Pipelined decode steps on a real GPU: their logits against float32, their memory, and a whole engine."""
 
 from __future__ import annotations
 
@@ -25,13 +25,11 @@ from nanovllm.engine.green_manager import GreenManager  # noqa: E402
 from nanovllm.engine.kv_cache import KVCache  # noqa: E402
 from nanovllm.engine.pipeline_choice import SEQUENTIAL  # noqa: E402
 from nanovllm.engine.pipeline_graphs import StageTimer  # noqa: E402
-from nanovllm.engine.pipeline_order import Lane  # noqa: E402
 from nanovllm.engine.pipeline_runs import PipelineOptions  # noqa: E402
 from nanovllm.engine.pipeline_step import (  # noqa: E402
     BOUNDARIES,
     Boundary,
     MicroBatch,
-    State,
     decode_step,
     run_stages,
     split_rows,
@@ -44,7 +42,7 @@ from nanovllm.models.loader import load_model  # noqa: E402
 from nanovllm.models.model_config import load_model_config  # noqa: E402
 from nanovllm.models.qwen3 import Qwen3ForCausalLM  # noqa: E402
 from tests.cpu.tiny import write_config  # noqa: E402
-from tests.gpu.test_green_ctx import PROGRAMS_PER_SM, num_sms, record_smid  # noqa: E402
+from tests.gpu.test_green_ctx import num_sms  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)
 PAGE_TOKENS = 64
@@ -219,53 +217,6 @@ def move_on(case: Case, rng: random.Random) -> None:
     contexts.copy_(torch.where(contexts > 0, (contexts - rng.randrange(-1, 3)).clamp(min=1), 0))
     case.whole.token_ids.copy_(torch.randint_like(case.whole.token_ids, SIZES["vocab_size"]))
     place_rows(case)
-
-
-# -- SMs
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("attention_sms", [28, 60])
-def test_each_lane_runs_on_its_own_sms_eagerly_and_in_replays(
-    model: Qwen3ForCausalLM, manager: GreenManager, attention_sms: int
-) -> None:
-    """A probe behind the kernels of every stage, in its stream: more programs than the card holds at once."""
-    case = make_case(model, random.Random(0), 64, 200)
-    way, batches = way_of(model, case, manager, attention_sms, "core"), micro_batches(case, 2)
-    sm_ids = {
-        lane: torch.full((4, PROGRAMS_PER_SM * num_sms()), -1, dtype=torch.int32, device=DEVICE) for lane in LANES
-    }
-    numbers = {id(batch): number for number, batch in enumerate(batches)}
-
-    def probed(lane: Lane, layer: int, batch: MicroBatch, state: State) -> State:
-        result = way.stages.run(lane, layer, batch, state)
-        if layer in (0, 1):
-            out = sm_ids[lane][2 * layer + numbers[id(batch)]]
-            record_smid[(out.numel(),)](out, 3_000, num_warps=1)
-        return result
-
-    def run() -> None:
-        run_stages(way.stages, way.lanes, batches, probed)
-
-    def check() -> None:
-        torch.cuda.synchronize()
-        used = {lane: [set(row.tolist()) for row in sm_ids[lane]] for lane in LANES}
-        assert all(-1 not in sms for rows in used.values() for sms in rows)
-        attention, ffn = (set().union(*used[lane]) for lane in LANES)
-        assert attention.isdisjoint(ffn)
-        assert (len(attention), len(ffn)) == way.split.granted
-        for out in sm_ids.values():
-            out.fill_(-1)
-        torch.cuda.synchronize()
-
-    graph = capture(run)
-    check()  # of the eager run: what a capture queues does not run
-    for _ in range(2):
-        graph.replay()
-        check()
-
-
-LANES: tuple[Lane, Lane] = ("attention", "ffn")
 
 
 # -- memory and time
