@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import logging
+import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("cuda.bindings.driver", reason="needs cuda-python", exc_type=ImportError)
 
+from bench import write_shape  # noqa: E402
 from nanovllm import DEMO_MODEL, LLM, SamplingParams  # noqa: E402
 from nanovllm.engine import scheduler  # noqa: E402
 from tests.counters import compiles, graph_calls  # noqa: E402
 from tests.random_work import TINY, Work, answers, check_nothing_left, check_same  # noqa: E402
+from tests.regret import BFLOAT16, Reference, release_gpu_memory  # noqa: E402
+
+NUM_PROMPTS, LONGEST_PROMPT = 120, 900
 
 
 @pytest.fixture(autouse=True)
@@ -49,3 +56,49 @@ def test_bfloat16_serves_at_full_size(caplog: pytest.LogCaptureFixture) -> None:
         card = llm.stats()["card1"]
     assert card["lent_steps"] > 0, card
     assert all(len(out.outputs[0].token_ids) == 64 for out in outputs)
+
+
+@pytest.fixture
+def lent_requests(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Ids of the requests of which a part of the prompt was computed on lent SMs, as time goes on."""
+    ids: set[str] = set()
+    launch_prefill = scheduler.Scheduler._launch_prefill
+
+    def noting(self: Any, card: int, step: int, chosen: Any, lent: bool = False) -> Any:
+        ids.update(group.leader.request.request_id for group, _ in chosen if lent)
+        return launch_prefill(self, card, step, chosen, lent)
+
+    monkeypatch.setattr(scheduler.Scheduler, "_launch_prefill", noting)
+    return ids
+
+
+def random_requests(rng: random.Random, vocab_size: int) -> tuple[list[list[int]], list[SamplingParams]]:
+    """Uneven prompts and uneven greedy answers: slots come free while prompts queue."""
+    lengths = [rng.randrange(1, LONGEST_PROMPT) for _ in range(NUM_PROMPTS)]
+    prompts = [[rng.randrange(vocab_size) for _ in range(length)] for length in lengths]
+    counts = [rng.randrange(24, 97) for _ in prompts]
+    return prompts, [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in counts]
+
+
+def test_lent_prompts_by_regret(tmp_path: Path, lent_requests: set[str]) -> None:
+    """Random weights of a published shape in bfloat16: the answers to lent prompts by themselves, and all others, of
+    which many decode beside lent steps."""
+    options: dict[str, Any] = dict(device="cuda", dtype="bfloat16", load_format="dummy", max_model_len=1024)
+    options |= dict(max_num_seqs=64, max_num_batched_tokens=512, num_kvcache_blocks=(1200, 1200), lend_sms=(60, 72))
+    with LLM(write_shape(tmp_path, "0.6b"), enable_two_gpu_pd=True, **options) as llm:
+        assert llm.stats()["lent_sms"] is not None, "no partitions here"
+        prompts, params = random_requests(random.Random(13), llm.model_config.vocab_size)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        check_nothing_left(llm)
+        card, reference = llm.stats()["card1"], Reference(llm)
+    lent = [out for out in outputs if out.request_id in lent_requests]
+    others = [out for out in outputs if out.request_id not in lent_requests]
+    counts = {name: card[name] for name in ("lent_steps", "lent_tokens", "beside_lent_steps", "decode_steps")}
+    regrets = {"lent": reference.measure(lent), "others": reference.measure(others)}
+    print(f"{len(lent)} of {len(outputs)} requests were lent SMs; {counts}")
+    for name, measured in regrets.items():
+        print(f"{name}: {measured}")
+    assert len(lent) >= 10 and len(others) >= 10 and min(counts.values()) >= 5
+    for measured in regrets.values():
+        measured.check(BFLOAT16)
+    release_gpu_memory()
