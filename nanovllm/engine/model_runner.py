@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from nanovllm.engine.pipeline_scheduler import DecodePipelineScheduler
 
 RESULT_BUFFERS = 16  # more than a card has steps in flight; each of as many rows as a mixed step may have
+WARM_TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 256)  # of a prompt: few rows have kernels of their own
+COMPILING_THREADS = 8
 PACE_TOKENS = 2048  # of the prompt whose pace is measured at start-up
 WARM_PARAMS = (  # what loads kernels of its own at its first use
     SamplingParams(),
@@ -249,8 +252,20 @@ class ModelRunner:
 
     def warm_up(self) -> None:
         """Compile what prefill launches: few tokens, and many, and every kind of answer, into the null block."""
-        for number, count in enumerate((1, 2, 4, 8, 16, 32, 64, 96, 128, 256)):  # few rows have kernels of their own
-            self._warm_prefill([min(count, self.max_model_len)], number)
+        first, *others = (min(count, self.max_model_len) for count in WARM_TOKENS)
+        self._warm_prefill([first])
+        if self._has_kernels:
+            with ThreadPoolExecutor(COMPILING_THREADS) as threads:
+                list(threads.map(self._compile_for, others))
+        for number, count in enumerate(others, start=1):
+            self._warm_prefill([count], number)
+
+    @torch.inference_mode()
+    def _compile_for(self, num_tokens: int) -> None:
+        """The model's kernels for a prompt of so many tokens, in any thread: much of compiling is done outside Python.
+        Only buffers of each launch's own are written, and the null block."""
+        with self._on_card():
+            self._prefill_eagerly(self._chunk_batch(PrefillShard(0, 0, (self._null_chunk(num_tokens),))), [0])
 
     def reserve(self, max_num_batched_tokens: int) -> None:
         """Take the memory that steps need: for the largest of them, for graphs, for the products' many kernels. Then
@@ -286,11 +301,15 @@ class ModelRunner:
         rows = (SamplingRow(WARM_PARAMS[kind % len(WARM_PARAMS)], seed=0, position=0),) * (
             2 if len(lengths) == 1 else 1
         )
-        null = self.kv_cache.null_block
-        chunks = [PrefillChunk((0,) * n, 0, (null,) * -(-n // self.block_size), rows) for n in lengths]
-        handle = self.run_prefill(PrefillShard(0, 0, tuple(chunks), lent))
+        chunks = tuple(self._null_chunk(num_tokens, rows) for num_tokens in lengths)
+        handle = self.run_prefill(PrefillShard(0, 0, chunks, lent))
         handle.wait()
         return handle.seconds
+
+    def _null_chunk(self, num_tokens: int, rows: tuple[SamplingRow, ...] = ()) -> PrefillChunk:
+        """A whole prompt, into the null block."""
+        blocks = (self.kv_cache.null_block,) * -(-num_tokens // self.block_size)
+        return PrefillChunk((0,) * num_tokens, 0, blocks, rows)
 
     @torch.inference_mode()
     def run_copy(self, shard: CopyShard, target: ModelRunner, after: torch.cuda.Event | None) -> CopyHandle:
