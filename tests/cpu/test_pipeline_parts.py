@@ -51,7 +51,7 @@ def test_every_part_is_timed_and_the_step_is_their_sum(parts: None, capsys: pyte
         assert all(ms[name] > 0 for name in ("sequential", "pipelined", "logits", "wall in step", *names))
         sum_ms = sum(value for name, value in step.items() if name != "edge")
         assert sum_ms == pytest.approx(ms["pipelined"], abs=1e-3)
-        assert step["ends"] > 0 and step["edges"] >= 0
+        assert step["ends"] >= 0 and step["edges"] >= 0  # a noisy host may time a whole lane below its parts
     assert sum("pipelined = slower lane" in line for line in lines) == 2
 
 
