@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from nanovllm.engine.compile_ahead import launch_side_by_side
 from nanovllm.engine.kv_cache import CopyHandle, KVCache
 from nanovllm.engine.prefill_graphs import ChunkBatch, PrefillGraphs, number_line
 from nanovllm.engine.rehearsal import rehearse_products
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 RESULT_BUFFERS = 16  # more than a card has steps in flight; each of as many rows as a mixed step may have
 WARM_TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 256)  # of a prompt: few rows have kernels of their own
-COMPILING_THREADS = 8
 PACE_TOKENS = 2048  # of the prompt whose pace is measured at start-up
 WARM_PARAMS = (  # what loads kernels of its own at its first use
     SamplingParams(),
@@ -252,20 +252,21 @@ class ModelRunner:
 
     def warm_up(self) -> None:
         """Compile what prefill launches: few tokens, and many, and every kind of answer, into the null block."""
-        first, *others = (min(count, self.max_model_len) for count in WARM_TOKENS)
-        self._warm_prefill([first])
-        if self._has_kernels:
-            with ThreadPoolExecutor(COMPILING_THREADS) as threads:
-                list(threads.map(self._compile_for, others))
-        for number, count in enumerate(others, start=1):
+        counts = [min(count, self.max_model_len) for count in WARM_TOKENS]
+        if self._has_kernels and self.stream is not None:
+            draws = [partial(self._compile_draw, params) for params in WARM_PARAMS]
+            launch_side_by_side([partial(self._compile_prefill, counts[0]), *draws], self.stream)
+            launch_side_by_side([partial(self._compile_prefill, count) for count in counts[1:]], self.stream)
+        for number, count in enumerate(counts):
             self._warm_prefill([count], number)
 
-    @torch.inference_mode()
-    def _compile_for(self, num_tokens: int) -> None:
-        """The model's kernels for a prompt of so many tokens, in any thread: much of compiling is done outside Python.
-        Only buffers of each launch's own are written, and the null block."""
-        with self._on_card():
-            self._prefill_eagerly(self._chunk_batch(PrefillShard(0, 0, (self._null_chunk(num_tokens),))), [0])
+    def _compile_prefill(self, num_tokens: int) -> None:
+        chunk = self._null_chunk(num_tokens)
+        self._prefill_eagerly(self._chunk_batch(PrefillShard(0, 0, (chunk,))), [0])
+
+    def _compile_draw(self, params: SamplingParams) -> None:
+        logits = torch.zeros(2, self.model.config.vocab_size, dtype=torch.float32, device=self.device)
+        self._first_tokens(logits, [SamplingRow(params, seed=0, position=0)] * 2)
 
     def reserve(self, max_num_batched_tokens: int) -> None:
         """Take the memory that steps need: for the largest of them, for graphs, for the products' many kernels. Then
