@@ -20,11 +20,18 @@ from bench_curves import import_pyplot
 
 Event = Mapping[str, Any]
 Lanes = dict[str, list[tuple[float, float]]]  # (begin, length) in ms, by name, from the top
-COLOURS = {"prefill": "tab:orange", "decode": "tab:blue", "mixed": "tab:purple", "copies": "tab:green"}
+COLOURS = {
+    "prefill": "tab:orange",
+    "decode": "tab:blue",
+    "mixed": "tab:purple",
+    "copies": "tab:green",
+    "StageA": "tab:red",
+    "StageF": "tab:cyan",
+}
 
 
 def lanes_of(events: Iterable[Event], from_ms: float, to_ms: float) -> Lanes:
-    """Spans that begin in the window, by lane, in the trace's order; lanes without any are left out. Times count from
+    """Spans that reach into the window, by lane, in the trace's order; lanes without any are left out. Times count from
     the trace's first span."""
     events = list(events)
     names = {(e["pid"], e.get("tid"), e["name"]): e["args"]["name"] for e in events if e["ph"] == "M"}
@@ -33,14 +40,14 @@ def lanes_of(events: Iterable[Event], from_ms: float, to_ms: float) -> Lanes:
     lanes: Lanes = {}
     for e in spans:
         begin_ms = (e["ts"] - zero) / 1e3
-        if from_ms <= begin_ms < to_ms:
+        if begin_ms < to_ms and begin_ms + e["dur"] / 1e3 > from_ms:
             process, lane = names[e["pid"], None, "process_name"], names[e["pid"], e["tid"], "thread_name"]
             lanes.setdefault(f"{process}: {lane}", []).append((begin_ms, e["dur"] / 1e3))
     return lanes
 
 
-def plot(lanes: Lanes, path: Path) -> None:
-    """Write the picture."""
+def plot(lanes: Lanes, path: Path, from_ms: float, to_ms: float) -> None:
+    """Write the picture of the window."""
     pyplot = import_pyplot()
     figure, panel = pyplot.subplots(figsize=(11, 0.6 + 0.45 * len(lanes)))
     for row, (name, spans) in enumerate(lanes.items()):
@@ -50,6 +57,7 @@ def plot(lanes: Lanes, path: Path) -> None:
         )
     panel.set_yticks(range(len(lanes)), lanes)
     panel.invert_yaxis()
+    panel.set_xlim(from_ms, min(to_ms, panel.get_xlim()[1]))
     panel.set_xlabel("ms")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -64,8 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     lanes = lanes_of(json.loads(args.trace.read_text())["traceEvents"], args.from_ms, args.to_ms)
     if not lanes:
-        parser.error(f"nothing in {args.trace} begins between {args.from_ms} and {args.to_ms} ms")
-    plot(lanes, args.picture)
+        parser.error(f"nothing in {args.trace} ran between {args.from_ms} and {args.to_ms} ms")
+    plot(lanes, args.picture, args.from_ms, args.to_ms)
 
 
 if __name__ == "__main__":

@@ -426,4 +426,5 @@ def test_lanes_of_a_picture() -> None:
         "card 0: copies to card 1": [(2.999, 0.001)],
     }
     assert lanes_of(events, 1.0, 3.0) == {"card 0: prefill": [(1.0, 2.0)], "card 0: copies to card 1": [(2.999, 0.001)]}
+    assert lanes_of(events, 2.0, 2.9) == {"card 0: prefill": [(1.0, 2.0)]}, "it runs then, though it began before"
     assert lanes_of(events, 5.0, 9.0) == {}
