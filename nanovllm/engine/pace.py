@@ -18,8 +18,8 @@ class Pace:
     """Moving averages of device seconds. Before the first measurement a chunk is the smallest.
 
     `max_num_seqs`: the most decode rows of a card. `itl_slo_ms`: what a step may take with a chunk; None: twice what
-    the slower card's takes without. Other cards than the last may always take twice their own. `token_s`: seconds a
-    token of a prompt, as measured at start-up; 0: unknown until a step of many was seen.
+    one of the last card takes without. Other cards may always take twice their own. `token_s`: seconds a token of a
+    prompt, as measured at start-up; 0: unknown until a step of many was seen.
     """
 
     def __init__(self, num_cards: int, max_num_seqs: int, itl_slo_ms: float | None, token_s: float = 0.0) -> None:
@@ -74,8 +74,10 @@ class Pace:
         """Of a step for a chunk. Card 0 with few rows is no quicker to its readers than the decode card to its own: its
         prompts need chunks that are worth their step."""
         decode_s, is_last = self.decode_s[card], card == len(self.decode_s) - 1
-        limit_s = 2 * max(self.decode_s) if self._slo_s is None else self._slo_s
-        return limit_s - decode_s if is_last else max(decode_s, limit_s - decode_s)
+        if is_last:
+            return decode_s if self._slo_s is None else self._slo_s - decode_s
+        limit_s = 2 * self.decode_s[-1] if self._slo_s is None else self._slo_s
+        return max(decode_s, limit_s - decode_s)
 
     @property
     def prefill_tokens(self) -> int:

@@ -341,6 +341,13 @@ def test_on_card_0_a_chunk_is_what_readers_of_card_1_would_bear(
     assert pace.chunk_tokens(0, 64) == tokens
 
 
+def test_rows_of_card_0_do_not_lengthen_the_steps_of_card_1() -> None:
+    pace = Pace(2, 512, itl_slo_ms=None, token_s=2.4e-5)
+    for decode_s in ([0.0, 0.0069], [0.03, 0.0069]):
+        pace.decode_s = decode_s
+        assert pace.chunk_tokens(1, 64) == 192
+
+
 def test_a_mixed_step_tells_what_decoding_alone_would_take() -> None:
     pace = Pace(2, 512, itl_slo_ms=None)
     pace.record(PrefillShard(0, 1, (_chunk(1000),)), 0.02)
