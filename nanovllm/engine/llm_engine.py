@@ -50,7 +50,7 @@ class LLMEngine:
         self._queues: dict[Request, OutputQueue] = {}  # of those that live
         self._wake = threading.Event()
         self._gathers = False  # requests, which need not wake it
-        self._only_heard = False  # in its last iteration, which launched nothing and collected nothing
+        self._only_heard = False  # in its last iteration, which launched and collected nothing while cards were busy
         self._lock = threading.RLock()
         self._closing = False
         self._error: BaseException | None = None
@@ -151,7 +151,7 @@ class LLMEngine:
             self.executor.launch(shard)
             num_launched += 1
         happened = bool(messages or jobs or num_launched)
-        self._only_heard = bool(messages) and not (jobs or num_launched)
+        self._only_heard = bool(messages) and not (jobs or num_launched) and self.executor.num_in_flight > 0
         if happened:
             self.metrics.loop_seconds += time.perf_counter() - begin_s
             self.metrics.loop_cpu_seconds += time.thread_time() - begin_cpu_s

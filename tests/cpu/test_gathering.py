@@ -120,3 +120,10 @@ def test_it_wakes_by_itself(world: World, monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(PREFILL_STEPS_IN_FLIGHT + 6):
         world.submit()
     wait_until(lambda: not world.engine._inbox)
+
+
+def test_an_idle_engine_takes_a_request_at_once(world: World) -> None:
+    world.engine.abort("nobody's")
+    wait_until(lambda: not world.engine._inbox)
+    world.submit()
+    wait_until(lambda: len(world.cards[0].held) == 1)
