@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nanovllm.engine.compile_ahead import launch_side_by_side
+from nanovllm.engine.compile_ahead import OWN_KERNEL_ROWS, launch_side_by_side
 from nanovllm.engine.kv_cache import KVCache
 from nanovllm.engine.slot_packets import SlotPackets
 from nanovllm.engine.slot_state import ALIVE, MIN_TOKENS, SlotState
@@ -25,8 +25,6 @@ from nanovllm.layers.attention import AttentionBackend, DecodeMetadata
 from nanovllm.layers.draw import draw
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import SAMPLER_KINDS, SamplerKind
-
-OWN_KERNEL_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128)
 
 
 def bucket_sizes(max_num_seqs: int) -> list[int]:
@@ -67,19 +65,19 @@ class DecodeGraphs:
         self.token_ids_B = torch.zeros(size, dtype=torch.int64, device=device)
         self.slots.need_seen()
         started = time.perf_counter()
-        self._compile()
+        if device.type == "cuda":
+            self._compile(torch.cuda.current_stream())
         self.pool = torch.cuda.graph_pool_handle()
         for bucket in reversed(self.buckets):  # largest first: smaller ones fit into its memory
             self._capture(bucket)
         torch.cuda.synchronize(device)
         self.capture_seconds = time.perf_counter() - started
 
-    def _compile(self) -> None:
+    def _compile(self, stream: torch.cuda.Stream) -> None:
         """What is not compiled yet, for numbers of rows that have kernels of their own."""
-        largest = self.max_num_seqs
-        models = [partial(self.run_model, size) for size in self.buckets if size in OWN_KERNEL_ROWS or size == largest]
-        samplers = [partial(self._run_sampler, largest, kind) for kind in SAMPLER_KINDS]
-        launch_side_by_side([*samplers, *models], torch.cuda.current_stream())
+        samplers = [partial(self._run_sampler, self.max_num_seqs, kind) for kind in SAMPLER_KINDS]
+        models = [partial(self.run_model, size) for size in self.buckets if size in OWN_KERNEL_ROWS]
+        launch_side_by_side([*samplers, *models], stream)
 
     def _capture(self, bucket: int) -> None:
         self._model_graphs[bucket] = self.graph_of(partial(self.run_model, bucket))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nanovllm.engine.compile_ahead import launch_side_by_side
+from nanovllm.engine.compile_ahead import OWN_KERNEL_ROWS, launch_side_by_side
 from nanovllm.engine.kv_cache import CopyHandle, KVCache
 from nanovllm.engine.prefill_graphs import ChunkBatch, PrefillGraphs, number_line
 from nanovllm.engine.rehearsal import rehearse_products
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from nanovllm.engine.pipeline_scheduler import DecodePipelineScheduler
 
 RESULT_BUFFERS = 16  # more than a card has steps in flight; each of as many rows as a mixed step may have
-WARM_TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 256)  # of a prompt: few rows have kernels of their own
+WARM_TOKENS = (*OWN_KERNEL_ROWS, 256)  # of a prompt
 PACE_TOKENS = 2048  # of the prompt whose pace is measured at start-up
 WARM_PARAMS = (  # what loads kernels of its own at its first use
     SamplingParams(),
@@ -252,11 +252,12 @@ class ModelRunner:
 
     def warm_up(self) -> None:
         """Compile what prefill launches: few tokens, and many, and every kind of answer, into the null block."""
-        counts = [min(count, self.max_model_len) for count in WARM_TOKENS]
+        counts = list(dict.fromkeys(min(count, self.max_model_len) for count in WARM_TOKENS))
         if self._has_kernels and self.stream is not None:
             draws = [partial(self._compile_draw, params) for params in WARM_PARAMS]
-            launch_side_by_side([partial(self._compile_prefill, counts[0]), *draws], self.stream)
-            launch_side_by_side([partial(self._compile_prefill, count) for count in counts[1:]], self.stream)
+            models = [partial(self._compile_prefill, count) for count in counts if count in OWN_KERNEL_ROWS]
+            launch_side_by_side([models[0], *draws], self.stream)  # what they share is compiled once
+            launch_side_by_side(models[1:], self.stream)
         for number, count in enumerate(counts):
             self._warm_prefill([count], number)
 
