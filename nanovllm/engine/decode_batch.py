@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,7 +34,8 @@ class DecodeBatch:
         self.block_size, self.steps_ahead = config.kvcache_block_size, config.steps_ahead
         self.ready: list[Sequence] = []
         self.running: dict[Sequence, None] = {}
-        self.free_slots = list(range(config.max_num_seqs))[::-1]
+        self._num_slots = config.max_num_seqs
+        self.free_slots = list(range(self._num_slots))[::-1]
         self.launched: dict[int, list[Sequence]] = {}  # by step: its rows
         self.num_living = 0
         self._rows: list[Sequence] | None = None  # of the last step, as long as nobody came, left or waits for a block
@@ -58,6 +61,14 @@ class DecodeBatch:
         Progress rests on it: without, a sequence that returns takes the block that its eviction has just freed.
         """
         return self.num_living + self.steps_ahead if self.num_living else 0
+
+    def steps_until_slots(self, count: int) -> float:
+        """Steps after which so many more sequences that live here would have slots, at the latest; 0: they have."""
+        missing = self.num_living + count - self._num_slots
+        if missing <= 0:
+            return 0
+        left = [sequence.request.max_tokens - sequence.num_planned_outputs for sequence in self.running]
+        return heapq.nsmallest(missing, left)[-1] if missing <= len(left) else math.inf
 
     # -- coming and going
 

@@ -40,6 +40,7 @@ from nanovllm.engine.step_sizes import LENT_TOKENS, MAX_SEQUENCES, tokens_within
 from nanovllm.engine.stopwatch import Stopwatch
 
 PREFILL_STEPS_IN_FLIGHT = 2  # one computes, one waits in the card's queue: the host never starves the card
+KEEP_AFTER_S = 0.5  # for which a sequence that has begun to answer would wait for a slot of the decode card
 HELP_ALONE_TOKENS = 2048  # of a step in which the decode card has nothing to decode: what arrives waits no longer
 HELP_AFTER_S = 0.03  # of prefill work waiting for card 0, before the decode card takes a prompt
 LIVES_TO_DECODE = frozenset({State.PREFILLING, State.COPYING, State.READY, State.DECODING, State.RETURNING})
@@ -214,12 +215,17 @@ class Scheduler:
     # -- where a prompt goes
 
     def _place(self, group: PrefillGroup) -> bool:
-        """Card 0 prefills it: for the decode card while that has room, else, with elastic roles, for itself."""
-        main = self.main_batch
-        if self._may_admit() and self._admit(group, self.prefill_card, main):
-            return True
+        """Card 0 prefills it: for the decode card while that has room, else, with elastic roles, for itself. A slot
+        that is free soon is worth waiting for: there its steps are shared by more."""
+        main, may_admit = self.main_batch, self._may_admit()
         own = self.batches.get(self.prefill_card, main)
-        return own is not main and self._has_slots(own, group) and self._admit(group, self.prefill_card, own)
+        keeps = own is not main and self._has_slots(own, group)
+        waits_s = main.steps_until_slots(len(group.sequences)) * self.pace.decode_s[main.card] if keeps else 0.0
+        if waits_s > KEEP_AFTER_S and self._admit(group, self.prefill_card, own):
+            return True
+        if may_admit and self._admit(group, self.prefill_card, main):
+            return True
+        return keeps and self._admit(group, self.prefill_card, own)
 
     def _help(self, group: PrefillGroup) -> bool:
         """The decode card takes a prompt that would wait on card 0, unless that holds much of it already."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -172,6 +173,33 @@ def test_card_0_decodes_what_card_1_has_no_room_for() -> None:
     assert plan.count(State.DECODING) == 3
     assert {shard.card for shard in plan.endable(DecodeShard)} == {0, 1}
     assert set(plan.sequences[2].lease.tables) == {0}
+    plan.drain()
+
+
+@pytest.mark.parametrize(("step_s", "card"), [(0.0, 1), (0.02, 1), (0.03, 0)])
+def test_card_0_keeps_what_would_wait_long_for_a_slot(step_s: float, card: int) -> None:
+    """Of 20 tokens each, the two that have the slots lack 19, or one or two fewer."""
+    plan = elastic(100, 100, max_num_seqs=2)
+    for _ in range(2):
+        plan.add(9, max_tokens=20)
+    plan.run(PrefillShard, CopyShard, until=lambda: plan.count(State.DECODING) == 2)
+    plan.scheduler.pace.decode_s[1] = step_s
+    (third,) = plan.add(9, max_tokens=5)
+    plan.schedule()
+    assert third.card == card, plan.scheduler.main_batch.steps_until_slots(1)
+    plan.drain()
+
+
+def test_steps_until_slots() -> None:
+    plan = elastic(100, 100, max_num_seqs=2)
+    main = plan.scheduler.main_batch
+    assert (main.steps_until_slots(2), main.steps_until_slots(3)) == (0, math.inf)
+    plan.add(9, max_tokens=20)
+    plan.add(9, max_tokens=9)
+    plan.run(PrefillShard, CopyShard, until=lambda: plan.count(State.DECODING) == 2)
+    short, long = (s.request.max_tokens - s.num_planned_outputs for s in reversed(plan.sequences))
+    assert 0 < short < long
+    assert [main.steps_until_slots(count) for count in (0, 1, 2, 3)] == [0, short, long, math.inf]
     plan.drain()
 
 
