@@ -62,13 +62,13 @@ def second_prompts(rng: random.Random, vocab_size: int, first: list[RequestOutpu
 
 
 @pytest.mark.parametrize(
-    "shape, eager",
-    [("0.6b", False), ("0.6b", True), ("1.7b", False), ("8b", False)],
-    ids=["0.6b", "0.6b eager", "1.7b", "8b"],
+    "shape, eager, overlap",
+    [("0.6b", False, True), ("0.6b", False, False), ("0.6b", True, True), ("1.7b", False, True), ("8b", False, True)],
+    ids=["0.6b", "0.6b without overlap", "0.6b eager", "1.7b", "8b"],
 )
-def test_chunks_and_cached_prefixes(shape: str, eager: bool, tmp_path: Path) -> None:
-    rng = random.Random(3)
-    with LLM(write_shape(tmp_path, shape), enforce_eager=eager, **OPTIONS) as llm:
+def test_chunks_and_cached_prefixes(shape: str, eager: bool, overlap: bool, tmp_path: Path) -> None:
+    rng, name = random.Random(3), f"{shape}{' eager' * eager}{' without overlap' * (not overlap)}"
+    with LLM(write_shape(tmp_path, shape), enforce_eager=eager, overlap=overlap, **OPTIONS) as llm:
         vocab_size = llm.model_config.vocab_size
         lengths = [*LENGTHS, *(rng.randrange(3, 900) for _ in LENGTHS)]
         first = generate(llm, [random_ids(rng, vocab_size, count) for count in lengths])
@@ -79,8 +79,8 @@ def test_chunks_and_cached_prefixes(shape: str, eager: bool, tmp_path: Path) -> 
     cached = [out.num_cached_tokens for out in second]
     # At least one token is always computed; and both turns found a block that decode filled.
     assert cached == [2 * CHUNK - BLOCK, 1472, 960, 640, 2 * BLOCK, CHUNK + BLOCK]
-    report(f"{shape}{' eager' * eager}, fresh", reference.measure(first))
-    report(f"{shape}{' eager' * eager}, cached prefixes", reference.measure(second))
+    report(f"{name}, fresh", reference.measure(first))
+    report(f"{name}, cached prefixes", reference.measure(second))
 
 
 def test_contexts_to_32k(tmp_path: Path) -> None:
