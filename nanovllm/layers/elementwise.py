@@ -92,8 +92,9 @@ class TorchElementwise(Elementwise):
 class TritonElementwise(Elementwise):
     """One kernel each. CUDA only.
 
-    num_sms: of the stream's partition; None: the whole card. On a partition cuBLASLt, told the number of SMs, is faster
-    than our split products, but for few rows it may choose a kernel that cannot run on a small one.
+    num_sms: of the stream's partition, for which skinny products choose their tiles; None: the whole card. On a
+    partition cuBLASLt, told the number of SMs, is faster than our split products, but for few rows it may choose a
+    kernel that cannot run on a small one. The split products' table, measured on a whole card, holds there, too.
     """
 
     name = "triton"
@@ -105,12 +106,13 @@ class TritonElementwise(Elementwise):
         from nanovllm.kernels.rms_norm import add_rms_norm
         from nanovllm.kernels.silu_mul import silu_mul
 
+        self.num_sms = num_sms
         self._skinny, self._split, self._on_partition = skinny_gemm, split_gemm, num_sms is not None
         self._splits = num_sms is None or num_sms < MIN_LT_SMS
         self._add_rms_norm, self._qk_norm_rope_store, self._silu_mul = add_rms_norm, qk_norm_rope_store, silu_mul
 
     def add_norm(self, norm: RMSNorm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._add_rms_norm(x, residual, norm.weight, norm.eps)
+        return self._add_rms_norm(x, residual, norm.weight, norm.eps, num_sms=self.num_sms)
 
     def split_qkv(
         self,
@@ -122,18 +124,21 @@ class TritonElementwise(Elementwise):
     ) -> Tensor:
         q_weight, k_weight = attention.q_norm.weight, attention.k_norm.weight
         table, eps = attention.rotary.cos_sin, attention.q_norm.eps
-        return self._qk_norm_rope_store(qkv, q_weight, k_weight, table, positions, *pages, slot_mapping, eps)
+        inputs = qkv, q_weight, k_weight, table, positions, *pages, slot_mapping, eps
+        return self._qk_norm_rope_store(*inputs, num_sms=self.num_sms)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        return self._silu_mul(gate_up)
+        return self._silu_mul(gate_up, num_sms=self.num_sms)
 
     def linear(self, linear: Linear, x: Tensor) -> Tensor:
         if self._is_skinny(x) and not self._should_split(x, linear):
-            return self._skinny.skinny_linear(x, linear.weight)
+            return self._skinny.skinny_linear(x, linear.weight, num_sms=self.num_sms)
         return self._split_linear(linear, x)
 
     def _split_linear(self, linear: Linear, x: Tensor) -> Tensor:
-        return self._split.split_linear(x, linear.weight) if self._should_split(x, linear) else linear(x)
+        if self._should_split(x, linear):
+            return self._split.split_linear(x, linear.weight, num_sms=self.num_sms)
+        return linear(x)
 
     def _should_split(self, x: Tensor, linear: Linear) -> bool:
         return self._splits and self._split.should_split(x, linear.weight)
@@ -148,14 +153,16 @@ class TritonElementwise(Elementwise):
 
     def norm_linear(self, norm: RMSNorm, linear: Linear, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         if self._is_skinny(x) and self._skinny.should_fuse(len(x)):
-            return self._skinny.norm_linear(x, residual, norm.weight, norm.eps, linear.weight)
+            inputs = x, residual, norm.weight, norm.eps, linear.weight
+            return self._skinny.norm_linear(*inputs, num_sms=self.num_sms)
         normed, residual = self.add_norm(norm, x, residual)
         return self._product(linear, normed), residual
 
     def norm_swiglu(self, norm: RMSNorm, gate_up: Linear, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         if self._is_skinny(x) and self._skinny.should_fuse(len(x)):
-            return self._skinny.norm_gate_up(x, residual, norm.weight, norm.eps, gate_up.weight)
+            inputs = x, residual, norm.weight, norm.eps, gate_up.weight
+            return self._skinny.norm_gate_up(*inputs, num_sms=self.num_sms)
         normed, residual = self.add_norm(norm, x, residual)
         if self._should_split(normed, gate_up):
-            return self._split.split_gate_up(normed, gate_up.weight), residual
+            return self._split.split_gate_up(normed, gate_up.weight, num_sms=self.num_sms), residual
         return self.silu_mul(self._product(gate_up, normed)), residual

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton", reason="the kernels are Triton's", exc_type=ImportError)
 
+from nanovllm.kernels import skinny_gemm, split_gemm  # noqa: E402
 from nanovllm.kernels.rms_norm import add_rms_norm_reference  # noqa: E402
 from nanovllm.kernels.silu_mul import silu_mul_reference  # noqa: E402
 from nanovllm.kernels.skinny_gemm import (  # noqa: E402
@@ -28,6 +30,9 @@ from nanovllm.kernels.skinny_gemm import (  # noqa: E402
     skinny_linear,
     skinny_linear_reference,
 )
+from nanovllm.layers.elementwise import TritonElementwise  # noqa: E402
+from nanovllm.layers.linear import Linear  # noqa: E402
+from nanovllm.layers.norm import RMSNorm  # noqa: E402
 from tests.cpu.compile_check import CompileReport, assert_fits, compile_launches  # noqa: E402
 from tests.cpu.interpreted import results_of, run_checks  # noqa: E402
 
@@ -279,6 +284,39 @@ def test_chosen_tiles_fill_the_card(model: str, M: int) -> None:
         ahead_bytes = tiles.block_n * min(K, tiles.block_k * tiles.split_k) * 2 * max(1, tiles.num_stages - 1)
         assert programs >= 0.45 * H200_SMS, f"{N}x{K}: {programs} programs of {tiles}"
         assert programs * ahead_bytes >= 0.9 * min(32 << 10, 2 * N * K // H200_SMS) * H200_SMS, f"{N}x{K}: {tiles}"
+
+
+@pytest.mark.parametrize(("M", "num_sms"), [(1, 36), (4, 36), (1, 16), (4, 16)])
+def test_products_on_a_partition_are_sized_for_it(M: int, num_sms: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All products of a layer that are kernels of ours; split ones are taken on fewer SMs than cuBLASLt bears."""
+    seen: list[tuple[Any, int]] = []
+
+    def note(choose: Callable[..., Any], *args: Any) -> Any:
+        seen.append((choose(*args), args[-1]))
+        return seen[-1][0]
+
+    monkeypatch.setattr(skinny_gemm, "choose_tiles", partial(note, choose_tiles))
+    monkeypatch.setattr(split_gemm, "choose_split_tiles", partial(note, split_gemm.choose_split_tiles))
+    hidden, query, qkv, intermediate = QWEN3["8B"]
+    qkv_proj, o_proj, gate_up, down = (
+        Linear(K, N, torch.bfloat16, torch.device("meta"))
+        for K, N in [(hidden, qkv), (query, hidden), (hidden, 2 * intermediate), (intermediate, hidden)]
+    )
+    norm, x = RMSNorm(hidden, EPS, torch.bfloat16, torch.device("meta")), meta(M, hidden)
+    ours = TritonElementwise(num_sms)
+
+    def layer() -> None:
+        ours.norm_linear(norm, qkv_proj, x, meta(M, hidden))
+        ours.linear(o_proj, meta(M, query))
+        ours.norm_swiglu(norm, gate_up, x, meta(M, hidden))
+        ours.linear(down, meta(M, intermediate))
+
+    for report in compile_launches(90, layer):
+        assert_fits(report)
+    assert [sms for _, sms in seen] == [num_sms] * 4
+    if M == 1:
+        assert seen[1][0] == choose_tiles(1, hidden, query, torch.bfloat16, num_sms)
+        assert seen[1][0] != choose_tiles(1, hidden, query, torch.bfloat16, H200_SMS), "else this test shows nothing"
 
 
 if __name__ == "__main__":
