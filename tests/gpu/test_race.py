@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 triton = pytest.importorskip("triton", reason="the kernels are Triton's", exc_type=ImportError)
 
 from nanovllm.kernels import penalties  # noqa: E402
-from nanovllm.layers import sampler  # noqa: E402
+from nanovllm.kernels.race import SLICE_IDS  # noqa: E402
+from nanovllm.layers import sampler, seen_tokens  # noqa: E402
 from nanovllm.layers.sampler import SamplingBatch, sample  # noqa: E402
 from nanovllm.sampling_params import SamplingParams  # noqa: E402
 from tests.cpu.test_race import (  # noqa: E402
@@ -31,7 +32,7 @@ from tests.cpu.test_race import (  # noqa: E402
 )
 
 DEVICE = torch.device("cuda", 0)
-P_LIMIT = 1e-6  # of a run: 7 tests of a distribution, with seeds that differ from run to run
+P_LIMIT = 1e-6  # of a test of a distribution: 7 have seeds that differ from run to run
 RACE_TOLERANCE = 1e-5  # of x - log E, in float32
 
 
@@ -161,11 +162,17 @@ def test_draws_have_the_exact_distribution(params: SamplingParams) -> None:
         observed += slots.filtered(logits).bincount(minlength=vocab)
     p_V = exact_probabilities(logits_V, params)
     assert not observed[p_V == 0].any()
-    kept = p_V * observed.sum() >= 5
-    expected = p_V[kept] * observed.sum()
-    statistic = ((observed[kept] - expected) ** 2 / expected).sum()
-    half_freedom = torch.tensor((int(kept.sum()) - 1) / 2, dtype=torch.float64, device=DEVICE)
-    assert float(torch.special.gammaincc(half_freedom, statistic / 2)) > P_LIMIT, (observed, expected)
+    assert chi_square_p(observed, p_V) > P_LIMIT, (observed, p_V * observed.sum())
+
+
+def chi_square_p(observed: Tensor, p: Tensor) -> float:
+    """How likely counts [bins] as far from float64 probabilities [bins] are; bins expected fewer than five times do not
+    count."""
+    expected = p * observed.sum()
+    kept = expected >= 5
+    statistic = ((observed[kept] - expected[kept]) ** 2 / expected[kept]).sum()
+    half_freedom = torch.tensor((int(kept.sum()) - 1) / 2, dtype=torch.float64, device=p.device)
+    return float(torch.special.gammaincc(half_freedom, statistic / 2))
 
 
 def exact_probabilities(logits_1V: Tensor, params: SamplingParams) -> Tensor:
@@ -174,6 +181,102 @@ def exact_probabilities(logits_1V: Tensor, params: SamplingParams) -> Tensor:
     x_1V = sampler._tempered(logits_1V, batch.temperature)
     sampler._apply_filters_(x_1V, batch)
     return x_1V[0].double().softmax(-1)
+
+
+# -- over several slices, with seeds that never change
+
+
+WIDE_VOCAB, WIDE_ROWS, WIDE_STEPS = 9_013, 4096, 512  # three slices of a race, the last one cut; two million draws
+NUM_HEAVY, OCTILES = 24, 8
+PENALISED = SamplingParams(presence_penalty=0.4, frequency_penalty=-0.2, repetition_penalty=1.3)
+
+
+def wide_probabilities() -> Tensor:
+    """float64 [WIDE_VOCAB]. Ids in every slice, of 0.2 to 9 %, hold 60 %: they win with small exponentials, which come
+    from a series, and with larger ones, which come from the hardware's logarithm."""
+    p_V = torch.randn(WIDE_VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).exp()
+    heavy = 0.85 ** torch.arange(NUM_HEAVY, dtype=torch.float64)
+    p_V[heavy_ids()] = 0
+    p_V *= 0.4 / p_V.sum()
+    p_V[heavy_ids()] = heavy * 0.6 / heavy.sum()
+    return p_V.to(DEVICE)
+
+
+def heavy_ids() -> Tensor:
+    return torch.arange(NUM_HEAVY) * 375 + 7
+
+
+def wide_slots(params: SamplingParams, vocab: int) -> Slots:
+    """Seeds 0 to WIDE_ROWS - 1, at position 0."""
+    slots = Slots.random([params] * WIDE_ROWS, DEVICE, vocab)
+    slots.integers[slots.rows, 2] = 0
+    slots.integers[slots.rows, 3] = torch.arange(WIDE_ROWS, device=DEVICE)
+    return slots
+
+
+def draw_wide(draw: Callable[[], Tensor], slots: Slots) -> Tensor:
+    """Counts, float64 [WIDE_VOCAB], of a draw by every row at every position."""
+    observed = torch.zeros(WIDE_VOCAB, dtype=torch.float64, device=DEVICE)
+    for _ in range(WIDE_STEPS):
+        observed += draw().bincount(minlength=WIDE_VOCAB)
+        slots.integers[slots.rows, 2] += 1
+    return observed
+
+
+def race_wide(p_V: Tensor, temperature: float) -> Tensor:
+    logits = (p_V.log() * temperature).float().expand(WIDE_ROWS, -1).contiguous()
+    slots = wide_slots(SamplingParams(temperature=temperature), 1)
+    return draw_wide(lambda: slots.raced(logits), slots)
+
+
+def wide_p(observed: Tensor, p_V: Tensor) -> float:
+    """The smaller of two: of ids one by one, and of heavy ids and eighths of the slices' others by likelihood, where a
+    small error of many ids shows."""
+    ids_V = torch.arange(WIDE_VOCAB, device=p_V.device)
+    bins_V = NUM_HEAVY + ids_V // SLICE_IDS * OCTILES + p_V.argsort().argsort() * OCTILES // WIDE_VOCAB
+    bins_V[heavy_ids()] = torch.arange(NUM_HEAVY, device=p_V.device)
+    zeros = torch.zeros(int(bins_V.max()) + 1, dtype=torch.float64, device=p_V.device)
+    pooled, pooled_p = (zeros.index_add(0, bins_V, each_V) for each_V in (observed, p_V))
+    return min(chi_square_p(observed, p_V), chi_square_p(pooled, pooled_p))
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+def test_plain_draws_have_the_exact_distribution(temperature: float) -> None:
+    p_V = wide_probabilities()
+    assert wide_p(race_wide(p_V, temperature), p_V) > P_LIMIT
+
+
+def test_penalised_draws_have_the_exact_distribution() -> None:
+    """Every third id is in the prompt, every fifth was generated, a tenth of all twice."""
+    slots, x_V = wide_slots(PENALISED, WIDE_VOCAB), wide_probabilities().log() + 9  # some logits above 0, some below
+    ids_V = torch.arange(WIDE_VOCAB, device=DEVICE)
+    seen_tokens.reset_(slots.table, 0, ids_V[::3], torch.cat([ids_V[::5], ids_V[::10]]), ids_V[:0])
+    slots.table[1:] = slots.table[0]
+    logits = x_V.float().expand(WIDE_ROWS, -1).contiguous()
+
+    def draw() -> Tensor:
+        penalised = logits.clone()
+        slots.penalise_(penalised)
+        return slots.filtered(penalised)
+
+    counts_V = (ids_V % 5 == 0).double() + (ids_V % 10 == 0)
+    factor_V = torch.where((ids_V % 3 == 0) | (counts_V > 0), PENALISED.repetition_penalty, 1.0)
+    x_V = torch.where(x_V > 0, x_V / factor_V, x_V * factor_V)
+    x_V = x_V - PENALISED.frequency_penalty * counts_V - PENALISED.presence_penalty * (counts_V > 0)
+    p_V = x_V.softmax(-1)
+    assert wide_p(draw_wide(draw, slots), p_V) > P_LIMIT
+
+
+@pytest.mark.parametrize("plant", ["temperature", "slice", "heavy"])
+def test_an_error_of_three_percent_would_show(plant: str) -> None:
+    """Draws at another temperature; with all ids of the middle slice likelier; with one id likelier."""
+    p_V = wide_probabilities()
+    wrong_V = p_V ** (1.03 if plant == "temperature" else 1.0)
+    if plant == "slice":
+        wrong_V[SLICE_IDS : 2 * SLICE_IDS] *= 1.03
+    if plant == "heavy":
+        wrong_V[heavy_ids()[0]] *= 1.03
+    assert wide_p(race_wide(wrong_V, 1.0), p_V) < P_LIMIT
 
 
 def test_rows_do_not_know_each_other() -> None:
