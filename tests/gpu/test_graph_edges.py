@@ -7,12 +7,15 @@ log-probabilities must agree up to the first such place, and a row that has one 
 from __future__ import annotations
 
 import random
+import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from nanovllm import DEMO_MODEL, LLM, SamplingParams
 from nanovllm.engine.decode_graphs import bucket_sizes
@@ -185,3 +188,64 @@ def test_nothing_is_left_of_the_batch_before(llm: LLM, oracle: Oracle) -> None:
     short = [Ask.random(rng, 1 + i % 5, 14) for i in range(rows)]
     for asks in (long, short, long[::-1], short[: rows // 2] + long[rows // 2 :], short[::-1], long):
         oracle.check(asks, replayed(llm, asks))
+
+
+# -- what a step asks of the driver
+
+
+WORK = re.compile("Launch|Memcpy|Memset|Alloc|Free|StreamSynchronize|EventSynchronize")  # profiles end with a wait, too
+KINDS = {
+    "plain": SamplingParams(temperature=0.6, max_tokens=6, ignore_eos=True),
+    "filtered": SamplingParams(temperature=0.6, top_k=5, top_p=0.9, max_tokens=6, ignore_eos=True),
+    "penalised": SamplingParams(temperature=0.6, repetition_penalty=1.2, max_tokens=6, ignore_eos=True),
+}
+
+
+def driver_calls(profiler: profile) -> Counter[str]:
+    """Calls of CUDA's runtime and driver by name, without the versions that some names end with."""
+    names = [event.name for event in profiler.events() or () if re.match("cu(da)?[A-Z]", event.name)]
+    return Counter(re.sub(r"(_v\d+|_ptsz)+$", "", name) for name in names)
+
+
+@contextmanager
+def profiled_steps(llm: LLM) -> Iterator[dict[str, Counter[str]]]:
+    """What `run_decode_core` asks of CUDA until it returns: in the first step that sequences enter ("entering"), and in
+    the first one behind it that has the rows of the step before and gets no block ("steady")."""
+    runner, found, before = llm.decode_runner, dict[str, Counter[str]](), tuple[int, ...]()
+    run = runner.run_decode_core
+
+    def note(shard: DecodeShard) -> Any:
+        nonlocal before
+        steady, before = shard.slots == before and not shard.new_blocks, shard.slots
+        name = "entering" if shard.entries else "steady" if steady else "other"
+        if name == "other" or name in found:
+            return run(shard)
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            handle = run(shard)
+        found[name] = driver_calls(profiler)
+        return handle
+
+    runner.run_decode_core = note  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        runner.run_decode_core = run  # type: ignore[method-assign]
+
+
+def test_a_steady_step_is_two_graphs_and_the_copy_of_its_ids() -> None:
+    """The model, the sampler, one copy of the sampled ids to pinned memory, an event on either side; no kernel that is
+    launched by itself, no memory, no wait."""
+    with LLM(DEMO_MODEL, max_num_seqs=4, max_model_len=256, overlap=False, **OPTIONS) as llm:
+        for kind, params in KINDS.items():
+            with profiled_steps(llm) as found:
+                llm.generate([[1, 2, 3, 4 + i] for i in range(3)], params, use_tqdm=False)
+            print(kind, {name: dict(calls) for name, calls in found.items()})
+            assert any("LaunchKernel" in name for name in found["entering"]), (
+                "a profiler that shows no launch proves nothing"
+            )
+            work = {name: count for name, count in found["steady"].items() if WORK.search(name)}
+            assert work == {"cudaGraphLaunch": 2, "cudaMemcpyAsync": 1}, f"{kind}: {found['steady']}"
+            events = sum(count for name, count in found["steady"].items() if name.startswith("cudaEventRecord"))
+            assert events in (0, 2), f"{kind}: {found['steady']}"  # 0: a profiler that leaves them out
+        check_nothing_left(llm)
+    release_gpu_memory()
