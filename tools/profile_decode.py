@@ -1,4 +1,4 @@
-"""Where a decode step's time goes: the kernels of one step, by name, and the time in which the card ran none.
+"""Where a decode step's time goes: the kernels of one step, by name and in groups, and the time without any.
 
     python tools/profile_decode.py --shape 8b --case 64x1024
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections import Counter, defaultdict
@@ -28,6 +29,15 @@ from nanovllm import LLM, SamplingParams
 
 STEPS = 24
 SETTLED_STEPS = 8  # before the profile starts, with every row decoding
+OTHERS = "copies and others"
+GROUPS = {  # of kernels, by the first pattern in a name
+    "attention": "_prefill_kernel|_prefill_tma|_decode_kernel|_combine_kernel|_ring_kernel|_join_kernel|flash|fmha",
+    "head norms and store": "_qk_norm_rope_store|_store_kv",
+    "norms": "_add_rms_norm",
+    "SiLU": "_silu_mul",
+    "draw": "_(race|finish|slice|row|check|settle|penalise|count)_kernel",
+    "products": "(?i)nvjet|gemm|gemv|xmma|cutlass|cublas|splitk|_split_kernel|_skinny_kernel",
+}
 
 
 def profile_steps(llm: LLM, case: Case) -> list[Any]:
@@ -46,7 +56,13 @@ def profile_steps(llm: LLM, case: Case) -> list[Any]:
         llm.abort(request_id)
     while llm.has_unfinished():
         llm.step()
-    return [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return device_events(profiler)
+
+
+def device_events(profiler: profile) -> list[Any]:
+    """Kernels and copies, in the order in which they started."""
+    events = [event for event in profiler.events() or () if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sorted(events, key=lambda event: event.time_range.start)
 
 
 def run_steps(llm: LLM, count: int) -> None:
@@ -58,9 +74,32 @@ def run_steps(llm: LLM, count: int) -> None:
             raise RuntimeError("the batch ended before the profile did")
 
 
+def group_of(name: str) -> str:
+    return next((group for group, pattern in GROUPS.items() if re.search(pattern, name)), OTHERS)
+
+
+def groups_of(events: list[Any]) -> list[str]:
+    """The group of each kernel, in the order in which they started. What was multiplied just ahead of a draw are its
+    "logits"."""
+    groups = [group_of(event.name) for event in events]
+    for draw in (i for i, group in enumerate(groups) if group == "draw"):
+        before = draw - 1
+        while before >= 0 and groups[before] in ("products", "logits", OTHERS):
+            groups[before] = "logits" if groups[before] != OTHERS else OTHERS
+            before -= 1
+    return groups
+
+
+def sums_us(events: list[Any]) -> dict[str, float]:
+    """Microseconds of each group, the largest first; of kernels in the order in which they started."""
+    sums: dict[str, float] = defaultdict(float)
+    for group, event in zip(groups_of(events), events, strict=True):
+        sums[group] += event.time_range.elapsed_us()
+    return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+
 def summarise(events: list[Any]) -> dict[str, Any]:
     """Means a step, in microseconds. A step is what lies between two launches of a kernel that runs once a step."""
-    events = sorted(events, key=lambda event: event.time_range.start)
     counts = Counter(event.name for event in events)
     once = min(counts, key=lambda name: abs(counts[name] - STEPS))
     starts = [i for i, event in enumerate(events) if event.name == once]
@@ -75,6 +114,7 @@ def summarise(events: list[Any]) -> dict[str, Any]:
         "steps": steps,
         "step_us": total / steps,
         "idle_us": (total - sum(map(sum, busy.values()))) / steps,
+        "groups_us": {group: round(us / steps, 2) for group, us in sums_us(kept).items()},
         "kernels": [{"name": name[:90], "us": round(us, 2), "launches": round(n, 2)} for us, n, name in rows],
     }
 
@@ -91,6 +131,7 @@ def main() -> None:
         for case in args.case.split(","):
             found[case] = summarise(profile_steps(llm, Case.parse(case)))
             print(f"{args.shape} {case}: {found[case]['step_us']:.1f} us a step, idle {found[case]['idle_us']:.1f}")
+            print("  " + ", ".join(f"{group} {us:.1f}" for group, us in found[case]["groups_us"].items()))
             for row in found[case]["kernels"][:25]:
                 print(f"  {row['us']:9.2f} us {row['launches']:7.2f} x {row['name']}")
     print(json.dumps({"shape": args.shape, "cases": found}))
