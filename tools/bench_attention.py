@@ -2,6 +2,7 @@
 
     python tools/bench_attention.py            # needs one GPU, and nanovllm installed or on PYTHONPATH
     python tools/bench_attention.py --sweep    # also tiles and splits other than the kernels' own
+    python tools/bench_attention.py --placement scattered,ordered,interleaved    # only decode, by where blocks lie
 
 Every figure is the median over replays of a CUDA graph. Decode: the graph holds one call for each of 36 layers
 of one pool, over blocks scattered through all of it; TB/s counts keys and values, read once, and the share is of
@@ -42,6 +43,7 @@ LAYERS, KV_HEADS, HEAD_DIM, DTYPE = 36, 8, 128, torch.bfloat16
 POOL_BYTES, STREAM_BYTES, NOISE_ELEMENTS = 60 * 10**9, 8 << 30, 1 << 28
 REPLAYS = 5
 ERROR_BOUND = 8e-3
+PLACEMENTS = ("scattered", "ordered", "interleaved")  # of a row's blocks: anywhere, one by one, in turn with other rows
 
 DECODE_SWEEP = [
     DecodeTiles(*each)
@@ -150,6 +152,13 @@ def scattered_tables(rows: int, columns: int, num_blocks: int) -> Tensor:
     return ids.repeat(-(-rows * columns // num_blocks))[: rows * columns].view(columns, rows).T.contiguous()
 
 
+def placed_tables(placement: str, rows: int, columns: int, num_blocks: int) -> Tensor:
+    if placement == "scattered":
+        return scattered_tables(rows, columns, num_blocks)
+    ids = torch.arange(rows * columns, dtype=torch.int32, device="cuda") % num_blocks
+    return ids.view(rows, columns) if placement == "ordered" else ids.view(columns, rows).T.contiguous()
+
+
 def check(out: Tensor, exact: Tensor, name: str) -> None:
     error = ((out.double() - exact).norm() / exact.norm()).item()
     if not error <= ERROR_BOUND:
@@ -165,11 +174,11 @@ class DecodeInputs(NamedTuple):
     num_bytes: int  # KV of one call
 
 
-def decode_inputs(case: DecodeCase, pool: Tensor) -> DecodeInputs:
+def decode_inputs(case: DecodeCase, pool: Tensor, placement: str = "scattered") -> DecodeInputs:
     views = layer_views(pool, case.page)
     bound = case.bound or max(case.contexts)
     q = torch.randn(len(case.contexts), case.heads, HEAD_DIM, device="cuda").to(DTYPE)
-    tables = scattered_tables(len(case.contexts), -(-bound // case.page), views[0][0].shape[0])
+    tables = placed_tables(placement, len(case.contexts), -(-bound // case.page), views[0][0].shape[0])
     contexts = torch.tensor(case.contexts, dtype=torch.int32, device="cuda")
     return DecodeInputs(q, views, tables, contexts, bound, sum(case.contexts) * KV_HEADS * HEAD_DIM * 2 * 2)
 
@@ -209,6 +218,17 @@ def bench_decode(pool: Tensor, ceiling: float, fa3: AttentionBackend | None) -> 
         print(f"  {case.name:42} {splits:4d} {row['us']:7.1f} {rate:7.2f} {row['share']:7.1%} {theirs}", flush=True)
         rows[case.name] = row
     return rows
+
+
+def bench_placements(pool: Tensor, placements: Sequence[str]) -> dict[str, float]:
+    """TB/s by case and placement."""
+    rates = {}
+    for case in (case for case in decode_cases() if case.name in ("256x1024", "512x512")):
+        for placement in placements:
+            name, inputs = f"{case.name} {placement}", decode_inputs(case, pool, placement)
+            rates[name] = inputs.num_bytes / time_decode(inputs, name) / 1e12
+            print(f"  {name:24} {rates[name]:.3f} TB/s", flush=True)
+    return rates
 
 
 class PrefillInputs(NamedTuple):
@@ -328,11 +348,17 @@ def sweep_prefill_tiles(pool: Tensor) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="also time other tiles and splits (minutes)")
+    parser.add_argument("--placement", type=lambda names: names.split(","), help=f"some of {','.join(PLACEMENTS)}")
     arguments = parser.parse_args()
+    if unknown := set(arguments.placement or ()) - set(PLACEMENTS):
+        parser.error(f"--placement {','.join(unknown)} is none of {','.join(PLACEMENTS)}")
     torch.manual_seed(0)
     pool = make_pool()
     ceiling = stream_bandwidth(pool)
     print(f"{torch.cuda.get_device_name()}: a stream reads {ceiling:.2f} TB/s")
+    if arguments.placement:
+        print(json.dumps({"stream_tb_s": ceiling, "decode_tb_s": bench_placements(pool, arguments.placement)}))
+        return
     fa3_module = find_module("flash_attn_interface")
     fa3 = None if fa3_module is None else FlashAttention(TritonAttention(HEAD_DIM), fa3=fa3_module)
     result: dict[str, Any] = {
