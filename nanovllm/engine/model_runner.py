@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.compile_ahead import OWN_KERNEL_ROWS, launch_side_by_side
+from nanovllm.engine.first_tokens import first_tokens
 from nanovllm.engine.kv_cache import CopyHandle, KVCache
 from nanovllm.engine.prefill_graphs import ChunkBatch, PrefillGraphs, number_line
 from nanovllm.engine.rehearsal import rehearse_products
 from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillChunk, PrefillShard, SamplingRow
-from nanovllm.engine.slot_state import SlotState, fill_seen, sampling_floats, slot_integers
+from nanovllm.engine.slot_state import SlotState
 from nanovllm.engine.step_handle import StepHandle, timed_event
 from nanovllm.engine.step_sizes import MAX_SEQUENCES
 from nanovllm.engine.verified_copies import VerifiedCopy
 from nanovllm.layers.attention import DecodeMetadata, MixedMetadata, PrefillMetadata
 from nanovllm.layers.host import PinnedIds, reserve_pinned, to_device
-from nanovllm.layers.sampler import SamplingBatch, gather_logprobs, mark_undrawn_, sample
-from nanovllm.layers.seen_tokens import unpack
+from nanovllm.layers.sampler import gather_logprobs, mark_undrawn_, sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import SAMPLER_KINDS, SamplingParams
 
@@ -103,7 +103,7 @@ class ModelRunner:
             rows = _samples(shard)
             wanted = [row.params.logprobs for row in rows]
             kept = logits.clone() if _any_wanted(wanted) else logits  # penalties may change them in place
-            return self._handle(kept, self._first_tokens(logits, rows), wanted, start, lending)
+            return self._handle(kept, first_tokens(logits, rows, self._has_kernels), wanted, start, lending)
 
     @torch.inference_mode()
     def run_decode_core(self, shard: DecodeShard) -> StepHandle:
@@ -128,8 +128,9 @@ class ModelRunner:
             start = self._mark()
             first, rows = self._mixed(shard, batch)
             kept = torch.cat([first, rows]) if _any_wanted(wanted) else rows  # penalties may change them in place
-            token_ids = [self._first_tokens(first, samples), self._next_tokens(rows, shard.decode)]
-            return self._handle(kept, torch.cat(token_ids), wanted, start)
+            first_ids = first_tokens(first, samples, self._has_kernels)
+            token_ids = torch.cat([first_ids, self._next_tokens(rows, shard.decode)])
+            return self._handle(kept, token_ids, wanted, start)
 
     def _decode(self, shard: DecodeShard) -> Tensor:
         """Logits of a step, float32 [slots, vocab_size]."""
@@ -267,7 +268,7 @@ class ModelRunner:
 
     def _compile_draw(self, params: SamplingParams) -> None:
         logits = torch.zeros(2, self.model.config.vocab_size, dtype=torch.float32, device=self.device)
-        self._first_tokens(logits, [SamplingRow(params, seed=0, position=0)] * 2)
+        first_tokens(logits, [SamplingRow(params, seed=0, position=0)] * 2, self._has_kernels)
 
     def reserve(self, max_num_batched_tokens: int) -> None:
         """Take the memory that steps need: for the largest of them, for graphs, for the products' many kernels. Then
@@ -355,48 +356,6 @@ class ModelRunner:
         """A sequence's logits for each of its samples."""
         one_each = sampled == list(range(len(sampled)))
         return logits_SV[: len(sampled)] if one_each else logits_SV[self._int64(sampled)]
-
-    def _first_tokens(self, logits: Tensor, rows: list[SamplingRow]) -> Tensor:
-        """Sampled ids of prompts' last chunks, NO_TOKEN where none could be drawn. Where kernels draw, penalties change
-        the logits."""
-        if not rows:
-            return torch.empty(0, dtype=torch.int64, device=self.device)
-        kernels = self._has_kernels
-        ids = self._draw_first_tokens(logits, rows) if kernels else sample(logits, self._first_token_batch(rows))
-        return mark_undrawn_(ids, logits)
-
-    def _first_token_batch(self, rows: list[SamplingRow]) -> SamplingBatch:
-        return SamplingBatch.from_params(
-            [row.params for row in rows],
-            [row.seed for row in rows],
-            [row.position for row in rows],
-            self.device,
-            **self._vocabulary_tables(rows),
-        )
-
-    def _draw_first_tokens(self, logits: Tensor, rows: list[SamplingRow]) -> Tensor:
-        """What `sample` gives for `_first_token_batch`, by kernels."""
-        from nanovllm.layers.draw import draw  # here: a CPU build of torch comes without Triton
-
-        kind, seen = SAMPLER_KINDS[max(row.params.sampler_level for row in rows)], None
-        if kind == "penalised":
-            shape = len(rows) + 1, self.model.config.vocab_size
-            seen = torch.zeros(shape, dtype=torch.int32, device=self.device)
-            for i, row in enumerate(rows):
-                fill_seen(seen, i, row)
-        floats = to_device([sampling_floats(row.params) for row in rows], torch.float32, self.device)
-        integers = self._int64([slot_integers(row, 0, 0) for row in rows])
-        return draw(kind, logits, torch.arange(len(rows), device=self.device), floats, integers, seen)
-
-    def _vocabulary_tables(self, rows: list[SamplingRow]) -> dict[str, Tensor]:
-        """[rows, vocabulary] tables, if some row reads them."""
-        if not any(row.params.has_penalty or row.stop_ids for row in rows):
-            return {}
-        shape = len(rows), self.model.config.vocab_size
-        seen = torch.zeros(shape, dtype=torch.int32, device=self.device)
-        for i, row in enumerate(rows):
-            fill_seen(seen, i, row)
-        return dict(zip(("output_counts", "prompt_mask", "banned"), unpack(seen), strict=True))
 
     # -- small helpers
 
