@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -42,6 +41,8 @@ class DecodeBatch:
         self._slots: tuple[int, ...] = ()
         self._steps_left = 0  # for which every row of `_rows` has its block and an output left to plan
         self._longest = 0
+        self._last_step = 0
+        self._left: tuple[int, list[int]] = (-1, [])  # at which step: tokens that running sequences may still plan
 
     @property
     def may_launch(self) -> bool:
@@ -67,8 +68,11 @@ class DecodeBatch:
         missing = self.num_living + count - self._num_slots
         if missing <= 0:
             return 0
-        left = [sequence.request.max_tokens - sequence.num_planned_outputs for sequence in self.running]
-        return heapq.nsmallest(missing, left)[-1] if missing <= len(left) else math.inf
+        step, left = self._left
+        if step != self._last_step:  # looked up once a step: prompts come many at a time
+            left = sorted([one.max_length - len(one.tokens) - one.num_in_flight for one in self.running])
+            self._left = self._last_step, left
+        return left[missing - 1] if missing <= len(left) else math.inf
 
     # -- coming and going
 
@@ -169,7 +173,7 @@ class DecodeBatch:
     def launch(self, step: int, plan: DecodePlan, beside_lent: bool = False) -> DecodeShard:
         """Count the planned step as launched."""
         assert plan.rows is self._rows, "somebody came or left between plan and launch"
-        self.launched[step] = plan.rows
+        self.launched[step], self._last_step = plan.rows, step
         for sequence in plan.rows:  # little for each: it is done for every token
             sequence.num_in_flight += 1
             sequence.num_kv_tokens += 1

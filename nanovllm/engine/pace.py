@@ -86,6 +86,10 @@ class Pace:
             (size for size in PREFILL_TOKENS if self.seconds_of(size) <= PREFILL_STEP_S), default=PREFILL_TOKENS[0]
         )
 
+    def steps_in(self, seconds: float) -> float:
+        """Decode steps of the last card; infinite as long as none was measured."""
+        return seconds / self.decode_s[-1] if self.decode_s[-1] else math.inf
+
     def seconds_of(self, num_tokens: int) -> float:
         """What a card takes for so many prompt tokens; infinite as long as none was measured."""
         return num_tokens * self.token_s if self.token_s else math.inf

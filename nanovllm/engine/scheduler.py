@@ -220,9 +220,9 @@ class Scheduler:
         main, may_admit = self.main_batch, self._may_admit()
         own = self.batches.get(self.prefill_card, main)
         keeps = own is not main and self._has_slots(own, group)
-        waits_s = main.steps_until_slots(len(group.sequences)) * self.pace.decode_s[main.card] if keeps else 0.0
-        if waits_s > KEEP_AFTER_S and self._admit(group, self.prefill_card, own):
-            return True
+        if keeps and main.steps_until_slots(len(group.sequences)) > self.pace.steps_in(KEEP_AFTER_S):
+            if self._admit(group, self.prefill_card, own):
+                return True
         if may_admit and self._admit(group, self.prefill_card, main):
             return True
         return keeps and self._admit(group, self.prefill_card, own)
