@@ -21,7 +21,6 @@ import gc
 import json
 import statistics
 import sys
-import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,9 +77,9 @@ def main() -> None:
             try:
                 row |= measure(make_setup(model, case), way, case, args)
                 print_row(row)
-            except Exception as error:  # the others still can
-                traceback.print_exc()
+            except (RuntimeError, ArithmeticError) as error:  # no memory, or wrong logits: the others still can
                 row["error"] = f"{type(error).__name__}: {error}"[:300]
+                print(row, flush=True)
             rows.append(row)
             gc.collect()
             torch.cuda.empty_cache()
