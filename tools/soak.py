@@ -34,8 +34,8 @@ import torch
 
 from bench import SHAPES, write_shape
 from nanovllm import DEMO_MODEL, LLM, EngineDeadError, SamplingParams
-from nanovllm.engine import model_runner
 from nanovllm.engine.detokenizer import StopWatcher
+from nanovllm.layers import sampler
 from nanovllm.outputs import RequestOutput
 from tests.faults import ILLEGAL_ACCESS, STEPS, FaultInjector, copies_across
 from tests.regret import BFLOAT16, Reference, Regrets
@@ -248,14 +248,14 @@ def break_tokenizers() -> None:
 
 def break_logits(rng: random.Random, share: float) -> None:
     """From now on, a row's logits are sometimes no numbers, where plain torch draws (on CPU cards)."""
-    sample = model_runner.sample
+    sample = sampler.sample
 
     def spoil(logits: torch.Tensor, batch: Any) -> torch.Tensor:
         if rng.random() < share:
             logits[rng.randrange(len(logits))] = torch.nan
         return sample(logits, batch)
 
-    model_runner.sample = spoil  # type: ignore[attr-defined]
+    sampler.sample = spoil
 
 
 def options_of(args: argparse.Namespace, number: int = 0) -> dict[str, Any]:

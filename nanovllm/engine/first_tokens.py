@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nanovllm.engine.shards import SamplingRow
 from nanovllm.engine.slot_state import fill_seen, sampling_floats, slot_integers
+from nanovllm.layers import sampler
 from nanovllm.layers.host import to_device
-from nanovllm.layers.sampler import SamplingBatch, mark_undrawn_, sample
 from nanovllm.layers.seen_tokens import unpack
 from nanovllm.sampling_params import SAMPLER_KINDS
 
@@ -21,15 +21,15 @@ def first_tokens(logits_BV: Tensor, rows: list[SamplingRow], has_kernels: bool) 
     float32 [B, V]."""
     if not rows:
         return torch.empty(0, dtype=torch.int64, device=logits_BV.device)
-    ids_B = _draw(logits_BV, rows) if has_kernels else sample(logits_BV, _sampling_batch(logits_BV, rows))
-    return mark_undrawn_(ids_B, logits_BV)
+    ids_B = _draw(logits_BV, rows) if has_kernels else sampler.sample(logits_BV, _sampling_batch(logits_BV, rows))
+    return sampler.mark_undrawn_(ids_B, logits_BV)
 
 
-def _sampling_batch(logits_BV: Tensor, rows: list[SamplingRow]) -> SamplingBatch:
+def _sampling_batch(logits_BV: Tensor, rows: list[SamplingRow]) -> sampler.SamplingBatch:
     tables: dict[str, Tensor] = {}
     if any(row.params.has_penalty or row.stop_ids for row in rows):
         tables = dict(zip(("output_counts", "prompt_mask", "banned"), unpack(_seen(logits_BV, rows, 0)), strict=True))
-    return SamplingBatch.from_params(
+    return sampler.SamplingBatch.from_params(
         [row.params for row in rows],
         [row.seed for row in rows],
         [row.position for row in rows],

@@ -21,9 +21,9 @@ from nanovllm.engine.slot_state import SlotState
 from nanovllm.engine.step_handle import StepHandle, timed_event
 from nanovllm.engine.step_sizes import MAX_SEQUENCES
 from nanovllm.engine.verified_copies import VerifiedCopy
+from nanovllm.layers import sampler
 from nanovllm.layers.attention import DecodeMetadata, MixedMetadata, PrefillMetadata
 from nanovllm.layers.host import PinnedIds, reserve_pinned, to_device
-from nanovllm.layers.sampler import gather_logprobs, mark_undrawn_, sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import SAMPLER_KINDS, SamplingParams
 
@@ -156,7 +156,7 @@ class ModelRunner:
             kind = SAMPLER_KINDS[self.slots.asked(shard.slots).sampler_level]
             return self.graphs.replay_sampler(kind, len(shard.slots))
         slots_B = self._int64(shard.slots)
-        token_ids = mark_undrawn_(sample(logits, self.slots.sampling_batch(shard, slots_B)), logits)
+        token_ids = sampler.mark_undrawn_(sampler.sample(logits, self.slots.sampling_batch(shard, slots_B)), logits)
         self.slots.advance(slots_B, token_ids)
         self.slots.count(slots_B, token_ids)
         return token_ids
@@ -364,7 +364,7 @@ class ModelRunner:
     ) -> StepHandle:
         pinned = self._pinned_ids if lending is None else lending.pinned_ids  # of a thread each
         most = max((k for k in wanted if k is not None), default=None)
-        logprobs = () if most is None else gather_logprobs(logits, token_ids, min(most, logits.shape[-1]))
+        logprobs = () if most is None else sampler.gather_logprobs(logits, token_ids, min(most, logits.shape[-1]))
         return StepHandle(token_ids, logprobs, wanted, start, pinned)
 
     @contextmanager

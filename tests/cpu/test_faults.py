@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, EngineDeadError, SamplingParams
-from nanovllm.engine import model_runner
 from nanovllm.engine.detokenizer import StopWatcher
 from nanovllm.engine.faults import BROKEN_LINK_COPIES, COPY_RETRIES, describe
 from nanovllm.engine.sequence import derive_seed
 from nanovllm.engine.shards import NO_TOKEN
 from nanovllm.engine.watchdog import LOOKS, Progress, Watchdog
+from nanovllm.layers import sampler
 from nanovllm.tokenizer import Tokenizer
 from tests.cpu.tiny import make_llm, scripted, settle, wait_until, write_model
 from tests.faults import ILLEGAL_ACCESS, STEPS, FaultInjector, Times, copies_across, fails, steps_of
@@ -352,7 +352,7 @@ def test_logits_that_are_no_numbers_end_one_request(
     llm: LLM, expected: list[list[int]], position: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the model to the caller: the row's own logits, and nothing else, are NaN."""
-    sample = model_runner.sample
+    sample = sampler.sample
     bad_seed = 4242
 
     def spoil(logits: Any, batch: Any) -> Any:
@@ -361,7 +361,7 @@ def test_logits_that_are_no_numbers_end_one_request(
         return sample(logits, batch)
 
     seed_on_card = derive_seed(derive_seed(bad_seed), 0)
-    monkeypatch.setattr(model_runner, "sample", spoil)
+    monkeypatch.setattr(sampler, "sample", spoil)
     params: list[SamplingParams] = [GREEDY] * len(PROMPTS)
     params[3] = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, seed=bad_seed, logprobs=2)
     outputs = llm.generate(PROMPTS, params, use_tqdm=False)

@@ -16,8 +16,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from nanovllm import LLM
-from nanovllm.engine import model_runner
 from nanovllm.engine.sequence import derive_seed
+from nanovllm.layers import sampler
 
 BLOCK = 16  # tokens
 VOCAB_SIZE = 320  # wider than the tokenizer, as Qwen3's logits are
@@ -139,14 +139,14 @@ class Scripts:
                 ids[row] = script[position] if position < len(script) else self._filler
         return ids
 
-    _real: Callable[..., torch.Tensor] = staticmethod(model_runner.sample)
+    _real: Callable[..., torch.Tensor] = staticmethod(sampler.sample)
 
 
 @contextmanager
 def scripted() -> Iterator[Scripts]:
     """Inside, the engines of this process sample what the scripts say."""
     scripts = Scripts()
-    with patch.object(model_runner, "sample", scripts.sample):
+    with patch.object(sampler, "sample", scripts.sample):
         yield scripts
 
 
