@@ -255,7 +255,7 @@ def break_logits(rng: random.Random, share: float) -> None:
             logits[rng.randrange(len(logits))] = torch.nan
         return sample(logits, batch)
 
-    sampler.sample = spoil
+    sampler.sample = spoil  # type: ignore[assignment]
 
 
 def options_of(args: argparse.Namespace, number: int = 0) -> dict[str, Any]:
