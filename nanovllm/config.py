@@ -34,7 +34,8 @@ class Config:
     launched beyond the one whose result the host is waiting for (None: one where a step takes 5 ms or more, else two).
     `max_num_batched_tokens`: of a step; on one card, of prompts and decode rows together.
     `pd_roles`: "strict" cards prefill or decode; "elastic" ones help each other out. `itl_slo_ms`: what a decode step
-    of card 1 may take for it to take a prompt too (None: twice what it takes without); elastic roles only.
+    of card 1 may take for it to take a prompt too (None: twice what it takes without); card 0's chunks beside rows of
+    its own fill as much, or as much again as the rows take; elastic roles only.
     `lend_sms`: (D, P): card 1 takes prompts on P of its SMs beside decode steps on D others, in place of chunks inside
     them; elastic roles only. Where partitions cannot be had it says so and mixes; on CPU cards nothing is divided.
     `enable_decode_pipeline`: decode steps of card 1 may run attention and FFN on two partitions of its SMs, if

@@ -125,5 +125,6 @@ def test_it_wakes_by_itself(world: World, monkeypatch: pytest.MonkeyPatch) -> No
 def test_an_idle_engine_takes_a_request_at_once(world: World) -> None:
     world.engine.abort("nobody's")
     wait_until(lambda: not world.engine._inbox)
+    time.sleep(0.05)  # for a loop that would gather now
     world.submit()
     wait_until(lambda: len(world.cards[0].held) == 1)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,16 +32,15 @@ from nanovllm.kernels.silu_mul import silu_mul  # noqa: E402
 from nanovllm.layers.attention import DecodeMetadata  # noqa: E402
 from nanovllm.layers.attention.triton import TritonAttention  # noqa: E402
 from nanovllm.layers.elementwise import TritonElementwise  # noqa: E402
-from nanovllm.models.loader import load_model  # noqa: E402
-from nanovllm.models.model_config import load_model_config  # noqa: E402
 from nanovllm.models.qwen3 import Qwen3ForCausalLM  # noqa: E402
-from tests.cpu.tiny import write_config  # noqa: E402
+from tests.gpu import test_pipeline  # noqa: E402
 from tests.gpu.test_green_ctx import PROGRAMS_PER_SM, num_sms, record_smid  # noqa: E402
-from tests.gpu.test_pipeline import DEVICE, SIZES, capture, make_case, micro_batches, way_of  # noqa: E402
+from tests.gpu.test_pipeline import DEVICE, capture, make_case, micro_batches, way_of  # noqa: E402
 
 # Of both micro-batches. Then the SiLU product of one of them is 2,400 programs of 4 warps, of which an SM holds 16.
 NUM_ROWS = 1600
 ROW_PROGRAMS = 3  # of a SiLU product: 1,024 of 3,072 elements each
+model, manager = test_pipeline.model, test_pipeline.manager  # fixtures
 LANES: tuple[Lane, Lane] = ("attention", "ffn")
 SmIds = dict[Lane, Tensor]  # int32, -1 where no program has written: by launch or by stage, then by program
 
@@ -73,21 +70,6 @@ class TellingElementwise(TritonElementwise):
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return silu_mul(gate_up, sm_ids=next(self._sm_ids))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Qwen3ForCausalLM:
-    folder: Path = write_config(tmp_path_factory.mktemp("model"), **SIZES)
-    config = load_model_config(folder)
-    return load_model(folder, config, TritonAttention(128), torch.bfloat16, DEVICE, 4096, load_format="dummy")
-
-
-@pytest.fixture(scope="module")
-def manager() -> Iterator[GreenManager]:
-    manager = GreenManager(DEVICE, enable_rebalance=True)
-    yield manager
-    torch.cuda.synchronize()
-    manager.close()
 
 
 def nobody(*shape: int) -> Tensor:
