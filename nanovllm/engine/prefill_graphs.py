@@ -1,4 +1,5 @@
-"""CUDA graphs of small prefill steps, for models whose kernels run faster than a host launches them.
+"""CUDA graphs of prefill steps of fixed sizes: small ones run faster than a host launches them, and beside busy threads
+it launches three times as slowly.
 
 A step runs in the smallest captured number of tokens that holds it. Tokens beyond its own belong to no sequence and
 write their KV to the null block; sequences beyond its own are empty. Sampling is not part of the graph.
@@ -24,14 +25,21 @@ from nanovllm.layers.attention import AttentionBackend, PrefillMetadata
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
-TOKEN_SIZES = (64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+TOKEN_SIZES = (64, 128, 256, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096, 6144, 8192)
 # A step of more arithmetic keeps a card busy for longer than some 10 ms, which its launches take from Python.
 LAUNCH_BOUND_FLOPS = 1e13
+ALWAYS_TOKENS = 2048  # captured for models of every size: beside busy threads launches take 30 ms and more
+MOST_PADDING = 1.125  # tokens computed for each that is asked for, where they and not the launches take the time
+
+
+def launch_bound_tokens(config: ModelConfig) -> float:
+    """Tokens of a step that is computed in the time in which it is launched."""
+    return LAUNCH_BOUND_FLOPS / (2 * config.num_parameters())
 
 
 def token_sizes(config: ModelConfig, max_tokens: int) -> list[int]:
-    """The sizes to capture for steps of at most `max_tokens`: those that are launch-bound."""
-    most = min(max_tokens, LAUNCH_BOUND_FLOPS / (2 * config.num_parameters()))
+    """The sizes to capture for steps of at most `max_tokens`."""
+    most = min(max_tokens, max(ALWAYS_TOKENS, launch_bound_tokens(config)))
     return [size for size in TOKEN_SIZES if size <= most]
 
 
@@ -199,7 +207,9 @@ class PrefillGraphs:
         """The captured size that serves such a step; None: launch it eagerly."""
         if num_sequences > MAX_SEQUENCES:
             return None
-        return min((size for size in self._graphs if size >= num_tokens), default=None)
+        size = min((size for size in self._graphs if size >= num_tokens), default=None)
+        is_padded = size is not None and size > MOST_PADDING * num_tokens
+        return None if size is None or (is_padded and size > launch_bound_tokens(self.model.config)) else size
 
     def replay(self, size: int, batch: ChunkBatch) -> Tensor:
         """Launch a step; logits [MAX_SEQUENCES, V] of each sequence's last token, valid until the next replay."""

@@ -12,7 +12,14 @@ import pytest
 import torch
 
 from bench import SHAPES, write_shape
-from nanovllm.engine.prefill_graphs import ChunkBatch, PrefillGraphs, number_line, token_sizes
+from nanovllm.engine import prefill_graphs
+from nanovllm.engine.prefill_graphs import (
+    ChunkBatch,
+    PrefillGraphs,
+    launch_bound_tokens,
+    number_line,
+    token_sizes,
+)
 from nanovllm.engine.shards import PrefillChunk, PrefillShard
 from nanovllm.engine.step_sizes import MAX_SEQUENCES
 from nanovllm.models.model_config import load_model_config
@@ -105,6 +112,13 @@ def test_steps_that_do_not_fit_are_launched_eagerly(graphs: PrefillGraphs) -> No
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_larger_models_are_launch_bound_at_fewer_tokens(name: str, tmp_path: Path) -> None:
-    sizes = token_sizes(load_model_config(write_shape(tmp_path, name)), 16384)
-    assert sizes[-1] == {"0.6b": 8192, "1.7b": 2048, "4b": 1024, "8b": 512, "14b": 256, "32b": 128}[name]
-    assert token_sizes(load_model_config(tmp_path), 100) == [64]
+    config = load_model_config(write_shape(tmp_path, name))
+    bound = {"0.6b": 8389, "1.7b": 2906, "4b": 1243, "8b": 610, "14b": 338, "32b": 152}[name]
+    assert launch_bound_tokens(config) == pytest.approx(bound, rel=0.01)
+    assert token_sizes(config, 16384)[-1] == (8192 if name == "0.6b" else 2048) and token_sizes(config, 100) == [64]
+
+
+def test_steps_that_keep_a_card_busy_are_padded_little(monkeypatch: pytest.MonkeyPatch, graphs: PrefillGraphs) -> None:
+    monkeypatch.setattr(prefill_graphs, "LAUNCH_BOUND_FLOPS", 2 * 100 * graphs.model.config.num_parameters())
+    assert graphs.size_for(65, 1) is None and graphs.size_for(113, 1) is None and graphs.size_for(114, 1) == 128
+    assert graphs.size_for(1, 1) == 64, "launch-bound"
