@@ -17,6 +17,7 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.pipeline_runs import PipelineOptions
 from nanovllm.engine.shards import CopyShard
 from nanovllm.engine.start_line import start_line
+from nanovllm.engine.step_sizes import HELP_ALONE_TOKENS
 from nanovllm.layers.attention import make_attention_backend
 from nanovllm.models.loader import load_model
 from nanovllm.models.model_config import ModelConfig
@@ -177,8 +178,8 @@ def capture(runner: ModelRunner, card: int, config: Config) -> None:
             runner.start_lending(config.lend_sms, most)
         if mixes(config) and not runner.lends:
             runner.capture_mixed(most)
-    if card == 0:
-        runner.capture_prefill(most)
+    if card == 0 or mixes(config):
+        runner.capture_prefill(most if card == 0 else min(most, HELP_ALONE_TOKENS))
 
 
 def decodes(config: Config, card: int) -> bool:

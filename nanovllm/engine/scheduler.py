@@ -36,12 +36,11 @@ from nanovllm.engine.shards import (
     Shard,
     StepResult,
 )
-from nanovllm.engine.step_sizes import LENT_TOKENS, MAX_SEQUENCES, tokens_within
+from nanovllm.engine.step_sizes import HELP_ALONE_TOKENS, LENT_TOKENS, MAX_SEQUENCES, tokens_within
 from nanovllm.engine.stopwatch import Stopwatch
 
 PREFILL_STEPS_IN_FLIGHT = 2  # one computes, one waits in the card's queue: the host never starves the card
 KEEP_AFTER_S = 0.5  # for which a sequence that has begun to answer would wait for a slot of the decode card
-HELP_ALONE_TOKENS = 2048  # of a step in which the decode card has nothing to decode: what arrives waits no longer
 HELP_AFTER_S = 0.03  # of prefill work waiting for card 0, before the decode card takes a prompt
 LIVES_TO_DECODE = frozenset({State.PREFILLING, State.COPYING, State.READY, State.DECODING, State.RETURNING})
 

@@ -11,6 +11,8 @@ MIN_CHUNK_TOKENS = 64
 MAX_SEQUENCES = 32  # prompts of a captured step
 MIN_BUCKET = 16
 MAX_BUCKETS = 6  # of rows; each is captured with up to four numbers of tokens, and that takes time at start-up
+# Of a step in which the decode card has nothing to decode: what arrives waits no longer.
+HELP_ALONE_TOKENS = 2048
 LENT_TOKENS = (512, 1024, 2048)  # prompts' tokens of a step on SMs that a decode card lends; the last one: at most
 LENT_BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384)  # of decode rows beside it; `max_num_seqs` is one more
 

@@ -251,7 +251,7 @@ class FakeRunner:
         self.calls.append("mixed")
 
     def capture_prefill(self, most: int) -> None:
-        self.calls.append("prefill")
+        self.calls.append(f"prefill {most}")
 
     def start_lending(self, sms: tuple[int, int], most: int) -> None:
         self.calls.append("lend")
@@ -264,8 +264,8 @@ def test_mixed_steps_are_captured_where_nothing_is_lent(has_partitions: bool) ->
     runners: Any = [FakeRunner(has_partitions), FakeRunner(has_partitions)]
     for number, runner in enumerate(runners):
         cards.capture(runner, number, config)
-    assert runners[0].calls == ["capture", "mixed", "prefill"]
-    assert runners[1].calls == ["capture", "lend"] + ["mixed"] * (not has_partitions)
+    assert runners[0].calls == ["capture", "mixed", "prefill 16384"]
+    assert runners[1].calls == ["capture", "lend"] + ["mixed"] * (not has_partitions) + ["prefill 2048"]
 
 
 # -- a whole engine on CPU cards
