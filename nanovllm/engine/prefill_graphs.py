@@ -29,6 +29,7 @@ TOKEN_SIZES = (64, 128, 256, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096,
 # A step of more arithmetic keeps a card busy for longer than some 10 ms, which its launches take from Python.
 LAUNCH_BOUND_FLOPS = 1e13
 ALWAYS_TOKENS = 2048  # captured for models of every size: beside busy threads launches take 30 ms and more
+LONG_SEQUENCES = 8  # of a captured step that is not launch-bound
 MOST_PADDING = 1.125  # tokens computed for each that is asked for, where they and not the launches take the time
 
 
@@ -119,13 +120,13 @@ class PrefillBuffers:
         # Rows: first token of each sequence and the end, its context, its last token.
         self.sequences_3S = torch.zeros(3, MAX_SEQUENCES + 1, dtype=torch.int32, device=device)
 
-    def metadata(self, size: int) -> PrefillMetadata:
-        """Of a step of `size` tokens, padding included."""
+    def metadata(self, size: int, num_sequences: int = MAX_SEQUENCES) -> PrefillMetadata:
+        """Of a step of `size` tokens, padding included, of at most so many sequences."""
         starts, context_lens, _ = self.sequences_3S.unbind(0)
         return PrefillMetadata(
-            cu_seqlens_q=starts,
-            context_lens=context_lens[:MAX_SEQUENCES],
-            block_tables=self.tables_SN,
+            cu_seqlens_q=starts[: num_sequences + 1],
+            context_lens=context_lens[:num_sequences],
+            block_tables=self.tables_SN[:num_sequences],
             slot_mapping=self.tokens_3T[2, :size],
             max_query_tokens=size,
             max_context_tokens=self.max_context_tokens,
@@ -196,7 +197,8 @@ class PrefillGraphs:
     def _run(self, size: int) -> Tensor:
         buffers = self.buffers
         tokens_T, positions_T, _ = buffers.tokens_3T[:, :size].unbind(0)
-        metadata, last = buffers.metadata(size), buffers.last_tokens
+        num_sequences = self._most_sequences(size)
+        metadata, last = buffers.metadata(size, num_sequences), buffers.last_tokens[:num_sequences]
         return self.model.forward_prefill(tokens_T, positions_T, self.kv_cache, metadata, last, self.backend)
 
     def close(self) -> None:
@@ -205,14 +207,21 @@ class PrefillGraphs:
 
     def size_for(self, num_tokens: int, num_sequences: int) -> int | None:
         """The captured size that serves such a step; None: launch it eagerly."""
-        if num_sequences > MAX_SEQUENCES:
-            return None
         size = min((size for size in self._graphs if size >= num_tokens), default=None)
-        is_padded = size is not None and size > MOST_PADDING * num_tokens
-        return None if size is None or (is_padded and size > launch_bound_tokens(self.model.config)) else size
+        if size is None or num_sequences > self._most_sequences(size):
+            return None
+        return size if self._is_launch_bound(size) or size <= MOST_PADDING * num_tokens else None
+
+    def _is_launch_bound(self, size: int) -> bool:
+        """Sizes that were asked for are taken wherever they fit."""
+        return self.sizes is not None or size <= launch_bound_tokens(self.model.config)
+
+    def _most_sequences(self, size: int) -> int:
+        """Of a captured step: attention's programs of each that is empty take time, too."""
+        return MAX_SEQUENCES if self._is_launch_bound(size) else LONG_SEQUENCES
 
     def replay(self, size: int, batch: ChunkBatch) -> Tensor:
-        """Launch a step; logits [MAX_SEQUENCES, V] of each sequence's last token, valid until the next replay."""
+        """Launch a step; logits [most sequences, V] of each sequence's last token, valid until the next replay."""
         self.buffers.fill(size, batch)
         self._graphs[size].replay()
         return self._logits[size]

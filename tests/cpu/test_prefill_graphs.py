@@ -14,6 +14,7 @@ import torch
 from bench import SHAPES, write_shape
 from nanovllm.engine import prefill_graphs
 from nanovllm.engine.prefill_graphs import (
+    LONG_SEQUENCES,
     ChunkBatch,
     PrefillGraphs,
     launch_bound_tokens,
@@ -121,4 +122,23 @@ def test_larger_models_are_launch_bound_at_fewer_tokens(name: str, tmp_path: Pat
 def test_steps_that_keep_a_card_busy_are_padded_little(monkeypatch: pytest.MonkeyPatch, graphs: PrefillGraphs) -> None:
     monkeypatch.setattr(prefill_graphs, "LAUNCH_BOUND_FLOPS", 2 * 100 * graphs.model.config.num_parameters())
     assert graphs.size_for(65, 1) is None and graphs.size_for(113, 1) is None and graphs.size_for(114, 1) == 128
-    assert graphs.size_for(1, 1) == 64, "launch-bound"
+    assert graphs.size_for(120, LONG_SEQUENCES) == 128 and graphs.size_for(120, LONG_SEQUENCES + 1) is None
+    assert graphs.size_for(1, MAX_SEQUENCES) == 64, "launch-bound"
+
+
+def test_sizes_that_were_asked_for_are_taken_wherever_they_fit(
+    monkeypatch: pytest.MonkeyPatch, graphs: PrefillGraphs
+) -> None:
+    monkeypatch.setattr(prefill_graphs, "LAUNCH_BOUND_FLOPS", 0.0)
+    asked = PrefillGraphs(graphs.model, graphs.kv_cache, MAX_MODEL_LEN, max_tokens=200, sizes=(64, 128))
+    assert asked.size_for(65, MAX_SEQUENCES) == 128
+
+
+def test_a_graph_of_few_sequences_reads_theirs(monkeypatch: pytest.MonkeyPatch, graphs: PrefillGraphs) -> None:
+    monkeypatch.setattr(prefill_graphs, "LAUNCH_BOUND_FLOPS", 0.0)
+    seen: list[Any] = []
+    graphs.model.forward_prefill = lambda *args: seen.append(args)  # type: ignore[method-assign, assignment]
+    graphs._run(64)
+    ((_, _, _, metadata, last, _),) = seen
+    assert len(metadata.cu_seqlens_q) == LONG_SEQUENCES + 1
+    assert len(metadata.context_lens) == len(metadata.block_tables) == len(last) == LONG_SEQUENCES
