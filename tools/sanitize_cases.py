@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nanovllm.kernels.decode_plan import plan_decode
 from nanovllm.kernels.decode_state import advance, gather_inputs
 from nanovllm.kernels.filtered_race import Sizes, filtered_race
 from nanovllm.kernels.packet import write_runs, write_runs_reference
 from nanovllm.kernels.paged_decode import paged_decode, paged_decode_reference
 from nanovllm.kernels.paged_decode_hopper import paged_decode_ring
+from nanovllm.kernels.paged_decode_planned import paged_decode_planned
 from nanovllm.kernels.paged_prefill import paged_prefill, paged_prefill_reference, store_kv, store_kv_reference
 from nanovllm.kernels.paged_prefill_hopper import paged_prefill_tma
 from nanovllm.kernels.partial_sums import add_partial_sums
@@ -122,6 +124,22 @@ def decode_case(shape: Pages, contexts: Sequence[int], num_splits: int | None, o
 
     kernel = partial(paged_decode, max_context_tokens=max(contexts), num_splits=num_splits)
     return Case(build, kernel, lambda *args, row_order: paged_decode_reference(*args))
+
+
+def planned_case(shape: Pages, contexts: Sequence[int], num_splits: int) -> Case:
+    """Twice with one plan, as two layers: the second finds the counts as the first has left them."""
+
+    def build(inputs: Inputs, run: Callable[..., Tensor]) -> Sequence[Tensor]:
+        tables, num_blocks = shape.tables(inputs, contexts)
+        pages, q = shape.make(inputs, num_blocks), shape.queries(inputs, len(contexts))
+        return run(q, *pages, tables, inputs.numbers(contexts, torch.int32))
+
+    def kernel(q: Tensor, k_pages: Tensor, v_pages: Tensor, tables: Tensor, lengths: Tensor) -> list[Tensor]:
+        heads = {"num_kv_heads": shape.kv_heads, "head_dim": shape.head_dim, "dtype": q.dtype}
+        plan = plan_decode(lengths, None, max(contexts), num_sms=4, num_splits=num_splits, **heads)
+        return [paged_decode_planned(q, k_pages, v_pages, tables, plan, pdl=False) for _ in range(2)]
+
+    return Case(build, kernel, lambda *args: [paged_decode_reference(*args)] * 2)
 
 
 def ring_case(shape: Pages, contexts: Sequence[int], num_sms: int) -> Case:

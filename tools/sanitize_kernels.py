@@ -47,6 +47,7 @@ from tools.sanitize_cases import (
     norm_case,
     packet_case,
     penalise_case,
+    planned_case,
     prefill_case,
     push_case,
     qk_case,
@@ -79,6 +80,12 @@ CASES: dict[str, tuple[Case, ...]] = {  # by module of nanovllm/kernels
         decode_case(NARROW, (1, 15, 17, 160, 0), num_splits=2, ordered=True),
         decode_case(NARROW, (320,), num_splits=None),
         decode_case(LARGE_PAGE, (3, 512), num_splits=4),
+    ),
+    "decode_plan": (planned_case(WIDE, (0, 1, 0, 0, 0), num_splits=1),),
+    "paged_decode_planned": (
+        planned_case(WIDE, (64, 1, 0, 63, 384), num_splits=3),
+        planned_case(NARROW, (1, 15, 17, 160, 0), num_splits=2),
+        planned_case(LARGE_PAGE, (3, 1100, 5, 0, 1, 256), num_splits=1),
     ),
     "paged_prefill": (
         prefill_case(WIDE, (64, 1, 37), (0, 63, 91)),

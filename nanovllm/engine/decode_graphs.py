@@ -112,10 +112,15 @@ class DecodeGraphs:
         metadata = DecodeMetadata(context_lens_B, tables_BN, mapping_B, self.max_context_tokens, order_B)
         return tokens_B, positions_B, metadata
 
+    def planned(self, metadata: DecodeMetadata, backend: AttentionBackend | None = None) -> DecodeMetadata:
+        """`inputs`' metadata as the backend would have it for one pass over all layers. backend: as for the model."""
+        return (backend or self.model.attention).planned(metadata, self.kv_cache.layer_view(0)[0])
+
     def run_model(self, bucket: int, backend: AttentionBackend | None = None) -> None:
         """Queue the model for `bucket` rows, those of `set_slots`; logits to `logits_BV`. backend: as for the model."""
         tokens_B, positions_B, metadata = self.inputs(bucket)
         logits_BV = self.logits_BV[:bucket]
+        metadata = self.planned(metadata, backend)
         self.model.forward_decode(tokens_B, positions_B, self.kv_cache, metadata, logits_BV, backend)
 
     def _run_sampler(self, bucket: int, kind: SamplerKind) -> None:

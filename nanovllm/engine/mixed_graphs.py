@@ -53,7 +53,7 @@ class MixedGraphs:
         ids_B, positions_B, rows = decode.inputs(bucket)
         ids_T, positions_T, mapping_T = buffers.tokens_3T[:, :num_tokens].unbind(0)
         mapping = torch.cat([mapping_T, rows.slot_mapping])
-        metadata = MixedMetadata(buffers.metadata(num_tokens), rows, mapping)
+        metadata = MixedMetadata(buffers.metadata(num_tokens), decode.planned(rows), mapping)
         row_index = torch.arange(num_tokens, num_tokens + bucket, device=ids_T.device)
         decode.model.forward_mixed(
             torch.cat([ids_T, ids_B]),

@@ -148,7 +148,8 @@ class ModelRunner:
         if self.graphs is None:
             return self.slots.inputs(self._int64(shard.slots), shard.max_context_tokens)
         self.graphs.set_slots(shard.slots)
-        return self.graphs.inputs(self.graphs.bucket_of(len(shard.slots)))
+        ids_B, positions_B, metadata = self.graphs.inputs(self.graphs.bucket_of(len(shard.slots)))
+        return ids_B, positions_B, self.graphs.planned(metadata)
 
     def _next_tokens(self, logits: Tensor, shard: DecodeShard) -> Tensor:
         """Sampled ids of the slots, which advance. `logits`: where the graphs read them, if there are any."""

@@ -76,17 +76,10 @@ def _split_range(
 
 
 @triton.jit
-def _fetch_ahead(
-    k_ptr: tl.tensor,
-    v_ptr: tl.tensor,
-    table_ptr: tl.tensor,
-    begin: tl.tensor,
-    end: tl.tensor,
-    HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK_STRIDE: tl.constexpr,
-    TOKEN_STRIDE: tl.constexpr,
-) -> None:
+def fetch_ahead(
+    k_ptr: tl.tensor, v_ptr: tl.tensor, table_ptr: tl.tensor, begin: tl.tensor, end: tl.tensor,
+    HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_STRIDE: tl.constexpr, TOKEN_STRIDE: tl.constexpr,
+) -> None:  # fmt: skip
     """Ask L2 for one head's keys and values of the first tokens of [begin, end). Those not yet written do no harm."""
     LINE: tl.constexpr = LINE_BITS // k_ptr.dtype.element_ty.primitive_bitwidth
     tokens = begin + tl.arange(0, AHEAD_TOKENS)
@@ -95,6 +88,39 @@ def _fetch_ahead(
     offsets = tl.where(tokens < end, offsets, 0)[:, None] + tl.arange(0, (HEAD_DIM + LINE - 1) // LINE) * LINE
     fetch_to_l2(k_ptr + offsets)
     fetch_to_l2(v_ptr + offsets)
+
+
+@triton.jit
+def attend_range(
+    q: tl.tensor, k_ptr: tl.tensor, v_ptr: tl.tensor, table_ptr: tl.tensor, begin: tl.tensor, end: tl.tensor,
+    scale_log2: tl.tensor, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr, TOKEN_STRIDE: tl.constexpr, TILE: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """Queries [ROWS, D] attend tokens [begin, end) of one KV head: result [ROWS, D], base-2 log-sum-exp [ROWS]."""
+    dims = tl.arange(0, HEAD_DIM)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    # Loaded one step ahead: a KV load waits for its block id, so the id must not be a load of the same step.
+    blocks = load_blocks(table_ptr, begin, end, PAGE, TILE)
+    for start in range(begin, end, TILE):
+        offsets = page_offsets(blocks, start, PAGE, BLOCK_STRIDE, TOKEN_STRIDE, TILE)[:, None] + dims
+        blocks = load_blocks(table_ptr, start + TILE, end, PAGE, TILE)
+        valid = start + tl.arange(0, TILE) < end
+        k = tl.load(k_ptr + offsets, mask=valid[:, None], other=0.0)
+        v = tl.load(v_ptr + offsets, mask=valid[:, None], other=0.0)  # zeroed: 0 · NaN would be NaN
+        scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+        scores = tl.where(valid, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
+        p = tl.exp2(scores * scale_log2 - new_top[:, None])
+        alpha = tl.exp2(top - new_top)
+        total = total * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="tf32x3")
+        top = new_top
+
+    # An empty range has total 0 and acc 0: it gives 0, and a log-sum-exp of -inf.
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    return acc, top + tl.log2(total)
 
 
 @triton.jit(
@@ -137,7 +163,7 @@ def _decode_kernel(
     begin, end = _split_range(context, split, tl.num_programs(2), min_tokens, TILE)
     table_ptr = tables_ptr + row.to(tl.int64) * table_row_blocks
     if PDL:
-        _fetch_ahead(k_ptr, v_ptr, table_ptr, begin, end, HEAD_DIM, PAGE, BLOCK_STRIDE, TOKEN_STRIDE)
+        fetch_ahead(k_ptr, v_ptr, table_ptr, begin, end, HEAD_DIM, PAGE, BLOCK_STRIDE, TOKEN_STRIDE)
         gdc_wait()
     heads = tl.arange(0, ROWS)
     real = heads < GROUP
@@ -146,34 +172,15 @@ def _decode_kernel(
     q_ptrs = q_ptr + (row.to(tl.int64) * q_row_heads + heads[:, None]) * HEAD_DIM + dims
     q = tl.load(q_ptrs, mask=real[:, None], other=0.0)
 
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-    # Loaded one step ahead: a KV load waits for its block id, so the id must not be a load of the same step.
-    blocks = load_blocks(table_ptr, begin, end, PAGE, TILE)
-    for start in range(begin, end, TILE):
-        offsets = page_offsets(blocks, start, PAGE, BLOCK_STRIDE, TOKEN_STRIDE, TILE)[:, None] + dims
-        blocks = load_blocks(table_ptr, start + TILE, end, PAGE, TILE)
-        valid = start + tl.arange(0, TILE) < end
-        k = tl.load(k_ptr + offsets, mask=valid[:, None], other=0.0)
-        v = tl.load(v_ptr + offsets, mask=valid[:, None], other=0.0)  # zeroed: 0 · NaN would be NaN
-        scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
-        scores = tl.where(valid, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
-        p = tl.exp2(scores * scale_log2 - new_top[:, None])
-        alpha = tl.exp2(top - new_top)
-        total = total * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="tf32x3")
-        top = new_top
-
-    # An empty range has total 0 and acc 0: it gives 0, and a log-sum-exp of -inf.
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    acc, lse = attend_range(
+        q, k_ptr, v_ptr, table_ptr, begin, end, scale_log2, ROWS, HEAD_DIM, PAGE, BLOCK_STRIDE, TOKEN_STRIDE, TILE
+    )  # fmt: skip
     num_heads = tl.num_programs(0) * GROUP
     out_rows = (split.to(tl.int64) * tl.num_programs(1) + row) * num_heads + heads
     out_ptrs = out_ptr + out_rows[:, None] * HEAD_DIM + dims
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=real[:, None])
     if SPLIT:
-        tl.store(lse_ptr + out_rows, top + tl.log2(total), mask=real)
+        tl.store(lse_ptr + out_rows, lse, mask=real)
 
 
 @triton.jit(do_not_specialize=["num_splits"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 # Not `import torch`: once the submodule torch.py is loaded, the name `torch` in this package means that file.
 from torch import Tensor
@@ -16,6 +17,9 @@ from torch import dtype as DType
 
 from nanovllm.layers.elementwise import Elementwise
 from nanovllm.models.model_config import ModelConfig
+
+if TYPE_CHECKING:  # a CPU build of torch comes without Triton
+    from nanovllm.kernels.decode_plan import DecodePlan
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class DecodeMetadata:
     block_tables: int32 [B, max_blocks], valid block ids in every column. slot_mapping: int64 [B]; padding
     rows point into the null block. max_context_tokens: a host bound, at least the largest of context_lens;
     the tables have a column for every block of it. row_order: int32 [B], a permutation of the rows, or None: the order
-    to begin them in, by falling context, so that no long one is left for the end.
+    to begin them in, by falling context, so that no long one is left for the end. plan: how a backend divides these
+    contexts, as its `planned` has made it of the others, or None: it decides by the number of rows alone.
     """
 
     context_lens: Tensor
@@ -54,6 +59,7 @@ class DecodeMetadata:
     slot_mapping: Tensor
     max_context_tokens: int
     row_order: Tensor | None = None
+    plan: DecodePlan | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,11 @@ class AttentionBackend(ABC):
         `out` (contiguous) if that is given. Tokens that belong to no sequence are left as they are in `out`.
         """
 
+    def planned(self, meta: DecodeMetadata, k_pages: Tensor) -> DecodeMetadata:
+        """What `decode` had better be given for all layers of a step, of which k_pages is one: `meta`, perhaps with a
+        plan. May queue kernels. The plan holds for the lengths and the order of rows that `meta` has by then."""
+        return meta
+
     @abstractmethod
     def decode(
         self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata, out: Tensor | None = None
@@ -122,6 +133,9 @@ class MixedAttention(AttentionBackend):
         self, q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: PrefillMetadata, out: Tensor | None = None
     ) -> Tensor:
         return self._prefill.prefill(q_THD, k_pages, v_pages, meta, out)
+
+    def planned(self, meta: DecodeMetadata, k_pages: Tensor) -> DecodeMetadata:
+        return self._decode.planned(meta, k_pages)
 
     def decode(
         self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata, out: Tensor | None = None

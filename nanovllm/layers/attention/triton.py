@@ -5,10 +5,14 @@ Letters in names: T query tokens of a prefill batch, B decode rows, H query head
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
+from nanovllm.kernels.decode_plan import MIN_PLANNED_ROWS, plan_decode
 from nanovllm.kernels.paged_decode import paged_decode
 from nanovllm.kernels.paged_decode_hopper import paged_decode_ring, pages_fit_ring
+from nanovllm.kernels.paged_decode_planned import paged_decode_planned
 from nanovllm.kernels.paged_prefill import is_hopper, paged_prefill, store_kv
 from nanovllm.layers.attention import AttentionBackend, DecodeMetadata, PrefillMetadata
 from nanovllm.layers.elementwise import TritonElementwise
@@ -47,9 +51,25 @@ class TritonAttention(AttentionBackend):
             out=out,
         )
 
+    def planned(self, meta: DecodeMetadata, k_pages: Tensor) -> DecodeMetadata:
+        """On the whole card. On a partition the ring shares the work by lengths anyhow."""
+        if self.num_sms is not None or len(meta.context_lens) < MIN_PLANNED_ROWS:
+            return meta
+        plan = plan_decode(
+            meta.context_lens,
+            meta.row_order,
+            meta.max_context_tokens,
+            num_kv_heads=k_pages.shape[2],
+            head_dim=k_pages.shape[3],
+            dtype=k_pages.dtype,
+        )
+        return replace(meta, plan=plan)
+
     def decode(
         self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata, out: Tensor | None = None
     ) -> Tensor:
+        if meta.plan is not None and self.num_sms is None:
+            return paged_decode_planned(q_BHD, k_pages, v_pages, meta.block_tables, meta.plan, out=out)
         decode = paged_decode_ring if self._takes_ring(q_BHD, k_pages) else paged_decode
         return decode(
             q_BHD,
