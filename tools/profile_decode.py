@@ -31,7 +31,7 @@ STEPS = 24
 SETTLED_STEPS = 8  # before the profile starts, with every row decoding
 OTHERS = "copies and others"
 GROUPS = {  # of kernels, by the first pattern in a name
-    "attention": "_prefill_kernel|_prefill_tma|_decode_kernel|_combine_kernel|_ring_kernel|_join_kernel|flash|fmha",
+    "attention": "_prefill_(kernel|tma)|_(decode|combine|plan|planned|ring|join)_kernel|flash|fmha",
     "head norms and store": "_qk_norm_rope_store|_store_kv",
     "norms": "_add_rms_norm",
     "SiLU": "_silu_mul",
