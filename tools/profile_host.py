@@ -28,6 +28,7 @@ from bench import SHAPES, write_shape
 from bench_load import Load, LocalEngine, measure, warm_up_load
 from bench_workloads import Rate, Workload
 from nanovllm import DEMO_MODEL, LLM
+from nanovllm.config import PD_ROLES
 
 BEAT_S, LONG_COLLECTION_S = 0.01, 0.005
 
@@ -90,10 +91,12 @@ def main() -> None:
     parser.add_argument("--output-len", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--switch-interval-ms", type=float, help="of the interpreter; left out: as the engine sets it")
+    parser.add_argument("--pd-roles", choices=PD_ROLES, default="elastic")
     parser.add_argument("--trace", type=Path)
     args = parser.parse_args()
     workload = Workload(num_prompts=args.num_prompts, input_len=args.input_len, output_len=args.output_len)
     options: dict[str, Any] = {"load_format": "dummy", "max_num_seqs": 512} if args.shape else {"max_num_seqs": 64}
+    options["pd_roles"] = args.pd_roles
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         model = str(write_shape(Path(folder), args.shape)) if args.shape else DEMO_MODEL
