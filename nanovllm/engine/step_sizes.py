@@ -10,7 +10,8 @@ STEP_TOKENS = (256, 512, 1024, 2048)  # prompts' tokens and decode rows of captu
 MIN_CHUNK_TOKENS = 64
 MAX_SEQUENCES = 32  # prompts of a captured step
 MIN_BUCKET = 16
-MAX_BUCKETS = 6  # of rows; each is captured with up to four numbers of tokens, and that takes time at start-up
+FINE_BUCKETS = 128  # from here on rows that are not there cost as much as the tokens in their place would
+MAX_BUCKETS = 10  # of rows; each is captured with up to four numbers of tokens, and that takes time at start-up
 # Of a step in which the decode card has nothing to decode: what arrives waits no longer.
 HELP_ALONE_TOKENS = 2048
 LENT_TOKENS = (512, 1024, 2048)  # prompts' tokens of a step on SMs that a decode card lends; the last one: at most
@@ -18,9 +19,10 @@ LENT_BUCKETS = (16, 32, 64, 96, 128, 192, 256, 384)  # of decode rows beside it;
 
 
 def row_buckets(max_num_seqs: int) -> list[int]:
-    """Numbers of decode rows, twofold apart, up to exactly `max_num_seqs`."""
+    """Numbers of decode rows up to exactly `max_num_seqs`: twofold apart, and where fine ones pay one in between."""
     powers = [MIN_BUCKET << i for i in range(max_num_seqs.bit_length())]
-    return [*(size for size in powers if size < max_num_seqs), max_num_seqs][-MAX_BUCKETS:]
+    sizes = sorted([*powers, *(size * 3 // 2 for size in powers if size >= FINE_BUCKETS)])
+    return [*(size for size in sizes if size < max_num_seqs), max_num_seqs][-MAX_BUCKETS:]
 
 
 def chunk_sizes(num_rows: int, max_num_seqs: int) -> list[int]:
