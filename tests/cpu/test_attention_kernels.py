@@ -360,6 +360,10 @@ class Recorder(AttentionBackend):
         self.calls.append("prefill")
         return q_THD
 
+    def planned(self, meta: DecodeMetadata, k_pages: Tensor) -> DecodeMetadata:
+        self.calls.append("planned")
+        return meta
+
     def decode(
         self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata, out: Tensor | None = None
     ) -> Tensor:
@@ -436,8 +440,11 @@ def test_flash_prefill_passes_what_the_library_expects(case: Case, module: str) 
 
 def test_fa3_decode_passes_what_the_library_expects() -> None:
     pool = Pool(Case((40, 0, 17), dtype=torch.float32))
-    backend = FlashAttention(Recorder(), fa3=fa3_stand_in())
-    out = backend.decode(pool.q, pool.k_pages, pool.v_pages, pool.decode_meta())
+    fallback = Recorder()
+    backend = FlashAttention(fallback, fa3=fa3_stand_in())
+    meta = backend.planned(pool.decode_meta(), pool.k_pages)
+    out = backend.decode(pool.q, pool.k_pages, pool.v_pages, meta)
+    assert fallback.calls == [], "it divides contexts itself"
     check_close(out, paged_decode_reference(pool.q, pool.k_pages, pool.v_pages, pool.tables, pool.contexts), 1e-6)
 
 
@@ -447,8 +454,8 @@ def test_fa2_leaves_pages_to_the_fallback() -> None:
     backend = FlashAttention(fallback, fa2=fa2_stand_in())
     backend.store_kv(pool.q, pool.q, pool.k_pages, pool.v_pages, torch.zeros(1))
     backend.prefill(pool.q, pool.k_pages, pool.v_pages, pool.prefill_meta())
-    backend.decode(pool.q, pool.k_pages, pool.v_pages, pool.decode_meta())
-    assert fallback.calls == ["store_kv", "prefill", "decode"]
+    backend.decode(pool.q, pool.k_pages, pool.v_pages, backend.planned(pool.decode_meta(), pool.k_pages))
+    assert fallback.calls == ["store_kv", "prefill", "planned", "decode"]
 
 
 @pytest.mark.parametrize("head_dim", [8, 80, 96])

@@ -33,7 +33,7 @@ from nanovllm.engine.shards import (
     SlotEntry,
     StepResult,
 )
-from nanovllm.layers.attention import PrefillMetadata
+from nanovllm.layers.attention import DecodeMetadata, PrefillMetadata
 from nanovllm.layers.attention.torch import TorchAttention
 from nanovllm.layers.sampler import sample
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
@@ -249,7 +249,17 @@ class ReplayedDecode(DecodeGraphs):
 
 
 class FromTheCard(TorchAttention):
-    """Reads lengths from the tensors alone, as kernels do, and leaves garbage where no sequence has a token."""
+    """Reads lengths from the tensors alone, as kernels do, and leaves garbage where no sequence has a token. Its plan
+    is a copy of the decode rows' lengths: it must be there, and made of those that are attended."""
+
+    def planned(self, meta: DecodeMetadata, k_pages: Tensor) -> DecodeMetadata:
+        return replace(meta, plan=meta.context_lens.clone())  # type: ignore[arg-type]
+
+    def decode(
+        self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata, out: Tensor | None = None
+    ) -> Tensor:
+        assert isinstance(meta.plan, Tensor) and torch.equal(meta.plan, meta.context_lens), "no plan, or another step's"
+        return super().decode(q_BHD, k_pages, v_pages, meta, out)
 
     def prefill(
         self, q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: PrefillMetadata, out: Tensor | None = None
@@ -295,7 +305,7 @@ def make_runner(model: Qwen3ForCausalLM, num_slots: int = NUM_SLOTS, num_blocks:
 
 
 def capture(runner: ModelRunner, graphs_of_mixed_steps: bool) -> None:
-    model = runner.model.copy_to(runner.device, FromTheCard(runner.model.config))
+    runner.model = model = runner.model.copy_to(runner.device, FromTheCard(runner.model.config))
     with torch.inference_mode():
         runner.graphs = ReplayedDecode(model, runner.kv_cache, runner.slots, NUM_SLOTS, MAX_MODEL_LEN)
         runner.slots.use_packets(SlotPackets(runner.slots))

@@ -56,6 +56,9 @@ class FlashAttention(AttentionBackend):
             return _put(self._fa2_prefill(self.fa2, q_THD, k_pages, v_pages, meta), out)
         return self.fallback.prefill(q_THD, k_pages, v_pages, meta, out)
 
+    def planned(self, meta: DecodeMetadata, k_pages: Tensor) -> DecodeMetadata:
+        return meta if self.fa3 is not None else self.fallback.planned(meta, k_pages)
+
     def decode(
         self, q_BHD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: DecodeMetadata, out: Tensor | None = None
     ) -> Tensor:
