@@ -199,7 +199,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_prefill(self, max_num_batched_tokens: int) -> None:
-        """Compile and capture small prefill steps; nothing else of this engine may run."""
+        """Compile and capture prefill steps of fixed sizes; nothing else of this engine may run."""
         with self._on_card():
             self.prefill_graphs = PrefillGraphs(self.model, self.kv_cache, self.max_model_len, max_num_batched_tokens)
 
