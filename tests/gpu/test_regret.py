@@ -84,15 +84,16 @@ def test_chunks_and_cached_prefixes(shape: str, eager: bool, overlap: bool, tmp_
 
 
 def test_contexts_to_32k(tmp_path: Path) -> None:
-    """Chunk behind chunk, splits of a long decode, and the last token that `max_model_len` allows."""
+    """Chunk behind chunk, splits of a long decode, and the last token that `max_model_len` allows. Short ones come
+    last, with which there are rows enough for a plan that divides them by their lengths."""
     rng = random.Random(4)
-    options = OPTIONS | dict(max_model_len=LONGEST, max_num_batched_tokens=4096, max_num_seqs=3)
-    options["num_kvcache_blocks"] = 2 * LONGEST // BLOCK
+    options = OPTIONS | dict(max_model_len=LONGEST, max_num_batched_tokens=4096, max_num_seqs=8)
+    options["num_kvcache_blocks"] = 2 * LONGEST // BLOCK + 32
     with LLM(write_shape(tmp_path, "0.6b"), **options) as llm:
         assert llm.max_model_len == LONGEST
         sharpen_attention(llm, 1.5)
         vocab_size = llm.model_config.vocab_size
-        lengths = LONGEST // 4, LONGEST * 5 // 8 + 1, LONGEST - ANSWER
+        lengths = LONGEST // 4, LONGEST * 5 // 8 + 1, LONGEST - ANSWER, 1, BLOCK + 1, 100, 300
         outputs = generate(llm, [random_ids(rng, vocab_size, count) for count in lengths])
         check_nothing_left(llm)
         reference = Reference(llm)
