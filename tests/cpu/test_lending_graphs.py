@@ -268,6 +268,25 @@ def test_mixed_steps_are_captured_where_nothing_is_lent(has_partitions: bool) ->
     assert runners[1].calls == ["capture", "lend"] + ["mixed"] * (not has_partitions) + ["prefill 2048"]
 
 
+@pytest.mark.parametrize(
+    "options, captured",
+    [
+        ({}, [["capture", "mixed", "prefill 16384"]]),
+        ({"max_num_batched_tokens": 512}, [["capture", "mixed", "prefill 512"]]),
+        ({"enable_two_gpu_pd": True, "pd_roles": "strict"}, [["prefill 16384"], ["capture"]]),
+        (
+            {"enable_two_gpu_pd": True, "max_num_batched_tokens": 512},
+            [["capture", "mixed", "prefill 512"], ["capture", "mixed", "prefill 512"]],
+        ),
+    ],
+)
+def test_a_card_captures_the_steps_of_its_roles(options: dict[str, Any], captured: list[list[str]]) -> None:
+    runners: Any = [FakeRunner(False) for _ in captured]
+    for number, runner in enumerate(runners):
+        cards.capture(runner, number, Config("m", **options))
+    assert [runner.calls for runner in runners] == captured
+
+
 # -- a whole engine on CPU cards
 
 
