@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from nanovllm.kernels.decode_plan import (  # noqa: E402
     plan_reference,
 )
 from nanovllm.kernels.paged_decode import choose_num_splits, paged_decode, paged_decode_reference  # noqa: E402
+from nanovllm.layers.attention import triton as triton_backend  # noqa: E402
 from nanovllm.layers.attention.triton import TritonAttention  # noqa: E402
 from tests.cpu.compile_check import CompileReport, assert_fits, compile_launches  # noqa: E402
 from tests.cpu.interpreted import results_of, run_checks  # noqa: E402
@@ -98,15 +100,23 @@ def run_even() -> None:
 
 
 def run_backend() -> None:
-    """From `planned` to `decode`; with few rows, or on a partition, without a plan."""
+    """From `planned` to `decode`, rows in their order; with few rows, or on a partition, without a plan."""
     pool = Pool(Case((900, 3, 65, 2, 0, 128)))
-    backend, meta = TritonAttention(64), pool.decode_meta()
+    order = [0, 5, 2, 1, 3, 4]
+    backend, meta = TritonAttention(64), replace(pool.decode_meta(), row_order=torch.tensor(order, dtype=torch.int32))
     planned = backend.planned(meta, pool.k_pages)
     assert planned.plan is not None and replace(planned, plan=None) == meta
+    assert [row for row in dict.fromkeys(planned.plan.items[decode_plan.ROW.value].tolist()) if row >= 0] == order
     assert TritonAttention(64, num_sms=1).planned(meta, pool.k_pages) is meta
     exact = paged_decode_reference(pool.q, pool.k_pages, pool.v_pages, pool.tables, pool.contexts)
-    for taker, given in ((backend, planned), (backend, meta), (TritonAttention(64, num_sms=1), planned)):
-        check_close(taker.decode(pool.q, pool.k_pages, pool.v_pages, given), exact, 2e-3)
+    for taker, given, takes_plan in (
+        (backend, planned, True),
+        (backend, meta, False),
+        (TritonAttention(64, num_sms=1), planned, False),
+    ):
+        with mock.patch.object(triton_backend, "paged_decode_planned", wraps=triton_backend.paged_decode_planned) as by:
+            check_close(taker.decode(pool.q, pool.k_pages, pool.v_pages, given), exact, 2e-3)
+        assert by.called == takes_plan
     few = Pool(Case((5,) * (MIN_PLANNED_ROWS - 1)))
     assert TritonAttention(64).planned(few.decode_meta(), few.k_pages).plan is None
 
