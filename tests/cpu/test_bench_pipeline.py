@@ -143,19 +143,27 @@ def test_the_picture_has_a_line_a_boundary(monkeypatch: pytest.MonkeyPatch, tmp_
     assert plot_pipeline.lines_of(case) == {
         "core": [(44, 9.0), (60, 8.0)],
         "projections": [(44, 9.0)],
-        "attention alone": [(44, 5.0), (60, 5.0)],
-        "FFN alone": [(44, 6.0), (60, 6.0)],
+        "attention alone on its SMs": [(44, 5.0), (60, 5.0)],
+        "products alone on theirs": [(44, 6.0), (60, 6.0)],
     }
+    assert plot_pipeline.split_labels(case) == {60: "60:72", 44: "44:88", 28: "28:104"}
     drawn: list[str] = []
+    titles: list[str] = []
     panel = SimpleNamespace(
         plot=lambda xs, ys, label, **style: drawn.append(label),
         axhline=lambda *a, label, **k: drawn.append(label),
-        **{name: lambda *a, **k: None for name in ("axhspan", "set", "set_ylim", "legend")},
+        **{name: lambda *a, **k: None for name in ("axhspan", "set", "set_xticks", "set_ylim", "legend")},
     )
-    figure = SimpleNamespace(tight_layout=lambda: None, savefig=lambda path, dpi: Path(path).write_text("png"))
+    figure = SimpleNamespace(
+        suptitle=titles.append, tight_layout=lambda: None, savefig=lambda path, dpi: Path(path).write_text("png")
+    )
     pyplot = SimpleNamespace(subplots=lambda *a, **k: (figure, [[panel]]))
     monkeypatch.setattr(plot_pipeline, "import_pyplot", lambda: pyplot)
     printed = tmp_path / "bench.txt"
-    printed.write_text("some lines\n" + json.dumps({"shape": "8b", "cases": [case]}))
+    printed.write_text("some lines\n" + json.dumps({"shape": "8b", "device": "H200", "cases": [case]}))
     plot_pipeline.main([str(printed), str(tmp_path / "p.png")])
-    assert (tmp_path / "p.png").exists() and sorted(drawn) == sorted([*plot_pipeline.lines_of(case), "sequential"])
+    assert (tmp_path / "p.png").exists() and titles == ["Decode step in two lanes, Qwen3-8B, H200"]
+    assert drawn == [
+        *('both lanes, boundary "core"', "attention alone on its SMs", "products alone on theirs"),
+        *('both lanes, boundary "projections"', "sequential, with its spread"),
+    ]
