@@ -1,9 +1,13 @@
 """Which way a decode step runs, by measured time: sequential, or pipelined over one of a few splits. Imports no torch.
 
-Each place (rows of the step, context, both by bucket) tries its ways in turn for a few steps, decides by their medians,
-and keeps to that until the step time has drifted or many steps have passed. A way other than the present one must be
-clearly faster; the sequential way takes over from one that is not faster than it. Steps may be in flight: a decision
-waits for the last of its trials.
+Each place (rows of the step, context, both by bucket) tries its ways, decides by their medians, and keeps to that until
+the step time has drifted or many steps have passed. A way other than the present one must be clearly faster; the
+sequential way takes over from one that is not faster than it. Steps may be in flight: a decision waits for the last of
+its trials.
+
+A way is tried for several steps in a row: a card that is bound by power gives each way a clock of its own, within some
+tens of milliseconds. Step by step in turn all ways would run at one clock, and those that take less energy, or come
+behind others, would be mistaken for slower ones.
 """
 
 from __future__ import annotations
@@ -20,14 +24,15 @@ SEQUENTIAL = "sequential"
 
 @dataclass(frozen=True)
 class ChoiceRules:
-    """trial_steps: of each way, the first `settle_steps` of which are not counted. hysteresis: by what share another
-    way must be faster to be taken. drift: by what share the chosen way's time may change before it is measured against
-    those within `contention` of the best; `pause_steps` later at the earliest, twice as many each time that nothing
-    comes of it. All ways are measured again after `remeasure_steps`. window_steps: of the moving median.
+    """trial_steps: of each way in a row, the first `settle_steps` of which are not counted; twice, there and back.
+    hysteresis: by what share another way must be faster to be taken. drift: by what share the chosen way's time may
+    change before it is measured against those within `contention` of the best; `pause_steps` later at the earliest,
+    twice as many each time that nothing comes of it. All ways are measured again after `remeasure_steps`. window_steps:
+    of the moving median.
     """
 
     trial_steps: int = 6
-    settle_steps: int = 1
+    settle_steps: int = 2
     hysteresis: float = 0.03
     drift: float = 0.10
     contention: float = 0.15
@@ -90,10 +95,12 @@ class PlaceChoice:
             self._decide()
 
     def _begin_trials(self, ways: tuple[str, ...]) -> None:
-        """In turn, so that a load that changes meanwhile changes for all."""
+        """There and back again, so that contexts that grow meanwhile grow for all alike."""
         self._times_s = {way: [] for way in ways}
-        for number in range(self.rules.trial_steps):
-            self._plan.extend(Step(way, "settling" if number < self.rules.settle_steps else "trial") for way in ways)
+        settling = self.rules.settle_steps
+        for way in (*ways, *reversed(ways)):
+            self._plan.extend([Step(way, "settling")] * settling)
+            self._plan.extend([Step(way, "trial")] * (self.rules.trial_steps - settling))
 
     def _decide(self) -> None:
         measured_s = {way: statistics.median(times) for way, times in self._times_s.items()}
