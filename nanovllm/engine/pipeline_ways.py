@@ -15,9 +15,10 @@ from nanovllm.engine.pipeline_step import Boundary, Lanes, StageBackends, Stages
 from nanovllm.layers.attention import AttentionBackend
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
-# Of the card's SMs, attention's share in the splits that `auto` tries: between these lies the best one of every batch,
-# context and shape that was measured (docs/benchmarks.md).
-AUTO_ATTENTION_SHARES = (0.27, 0.33, 0.39, 0.45)
+# Of the card's SMs, attention's share in the splits that `auto` tries: 20, 28, 36 and 52 of 132. Since attention reads
+# through a ring there, none with more than 36 was the fastest where any was faster than the sequential step
+# (docs/benchmarks.md); the last one is for contexts longer than those.
+AUTO_ATTENTION_SHARES = (0.15, 0.21, 0.27, 0.39)
 
 
 class PipelinedWay(NamedTuple):

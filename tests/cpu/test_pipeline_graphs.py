@@ -257,7 +257,7 @@ def test_a_way_is_captured_if_it_can_win_at_some_context(card: DecodeCard, monke
 
 @pytest.mark.parametrize(
     ("sms", "counts"),
-    [((132, 8, 8), [96, 88, 80, 72]), ((108, 4, 2), [78, 72, 66, 58]), ((16, 8, 8), [8])],
+    [((132, 8, 8), [112, 104, 96, 80]), ((108, 4, 2), [92, 84, 78, 66]), ((16, 8, 8), [8])],
 )
 def test_the_splits_that_auto_tries(sms: tuple[int, int, int], counts: list[int]) -> None:
     from nanovllm.engine.green_manager import CardSms

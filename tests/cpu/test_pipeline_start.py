@@ -104,7 +104,7 @@ def test_auto_tries_the_ways_that_may_win_and_answers_the_same(
             assert answers(llm) == expected
         stats = llm.decode_runner.get_pipeline_statistics()
     assert stats["mode_running"] == "auto"
-    assert set(stats["steps_by_way"]) == {SEQUENTIAL, "36:96 core", "44:88 core", "52:80 core", "60:72 core"}
+    assert set(stats["steps_by_way"]) == {SEQUENTIAL, "20:112 core", "28:104 core", "36:96 core", "52:80 core"}
     assert stats["exploration_steps"] > 0 and any(len(place["medians_ms"]) == 5 for place in stats["places"])
     for place in stats["places"]:
         medians = place["medians_ms"]

@@ -340,7 +340,7 @@ def test_an_engine_in_auto_mode_explores_chooses_and_answers_the_same(
     expected = answers(engine, 37, 60)
     runner.start_pipeline(PipelineOptions())
     try:
-        for _ in range(2):
+        for _ in range(3):
             check_same(answers(engine, 37, 60), expected)
         stats = runner.get_pipeline_statistics()
     finally:
