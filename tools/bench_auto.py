@@ -6,8 +6,10 @@ Of each case, graphs of the ways that the roofline lets win are captured. On a c
 for `--settle-s` (a rested one has a higher clock), the engine's own choice (ChoiceRules) is fed the time of each
 replay until it has decided. Then rounds of the sequential graph twice and the chosen one, in turn: `ratio` is
 sequential / chosen, `noise` sequential / sequential, medians and extremes of `--repeats` rounds of `--replays`
-replays each. Steps that explored are counted apart, with what they cost more than as many sequential ones. Cases
-whose pages do not fit are named as such. The last line is one JSON object.
+replays each, one more in each round: the clock of a card bound by power swings, and rounds must not swing with it. With
+`--check` rounds have every way that was tried, and `best` says which was the fastest, and sequential / it. Steps that
+explored are counted apart, with what they cost more than as many sequential ones. Cases whose pages do not fit are
+named as such. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -75,6 +77,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batches", default=GRID[0])
     parser.add_argument("--contexts", default=GRID[1])
     parser.add_argument("--settle-s", type=float, default=1.0)
+    parser.add_argument("--check", action="store_true", help="measure the ways that were not chosen, too")
     parser.set_defaults(no_alone=True)
     return parser.parse_args()
 
@@ -112,20 +115,26 @@ def decide(setup: Setup, ways: list[Way], args: argparse.Namespace) -> dict[str,
         step = choice.next()
         times.append(time_ms(graphs[step.way], 1) / 1e3)
         choice.observe(step, times[-1])
+    others = [way.name for way in ways if way.name != choice.chosen and args.check]
     rounds = [
-        [time_ms(graphs[way], args.replays) for way in (SEQUENTIAL, choice.chosen, SEQUENTIAL)]
-        for _ in range(args.repeats)
+        [time_ms(graphs[way], args.replays + number) for way in (SEQUENTIAL, choice.chosen, SEQUENTIAL, *others)]
+        for number in range(args.repeats)
     ]
-    first, chosen, second = (list(column) for column in zip(*rounds, strict=True))
-    ratios = [(a + c) / 2 / b for a, b, c in rounds]
+    first, chosen, second, *rest = (list(column) for column in zip(*rounds, strict=True))
+    ratios = [(a + c) / 2 / b for a, b, c, *_ in rounds]
     base_s = statistics.median(first + second) / 1e3
+    steady_ms = {way: statistics.median(times) for way, times in zip(others, rest, strict=True)}
+    steady_ms |= {choice.chosen: statistics.median(chosen)} | {SEQUENTIAL: base_s * 1e3}
+    best = min(steady_ms, key=lambda way: steady_ms[way])
     return {
         "chosen": choice.chosen,
         "tried": [way.name for way in ways],
         "sequential_ms": round(base_s * 1e3, 4),
         "chosen_ms": round(statistics.median(chosen), 4),
         "ratio": [round(value, 4) for value in (statistics.median(ratios), min(ratios), max(ratios))],
-        "noise": [round(f(a / c for a, _, c in rounds), 4) for f in (min, max)],
+        "noise": [round(f(a / c for a, _, c, *_ in rounds), 4) for f in (min, max)],
+        "best": [best, round(base_s * 1e3 / steady_ms[best], 4)],
+        "steady_ms": {way: round(ms, 4) for way, ms in steady_ms.items()},
         "medians_ms": {way: round(seconds * 1e3, 4) for way, seconds in choice.medians_s.items()},
         "explored_steps": len(times),
         "explored_ms": round((sum(times) - len(times) * base_s) * 1e3, 2),
@@ -164,6 +173,7 @@ def line_of(row: dict[str, Any]) -> str:
         f"{name} {row['chosen']:<10} {row['sequential_ms']:8.3f} -> {row['chosen_ms']:8.3f} ms  {ratio:.3f}x "
         f"({spread}; noise {noise})  tried {len(row['tried'])} in {row['explored_steps']} steps, "
         f"{row['explored_ms']:+.1f} ms; {row['graph_mb']:.0f} MB"
+        + ("" if row["best"][0] == row["chosen"] else f"; {row['best'][0]} is the fastest, {row['best'][1]:.3f}x")
     )
 
 

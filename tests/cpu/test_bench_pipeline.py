@@ -103,9 +103,9 @@ def test_a_way_that_computes_something_else_is_named_and_left_out(
     assert "logits differ by 2.000" in case["ways"][1]["error"]
 
 
-@pytest.mark.parametrize("able", [True, False])
+@pytest.mark.parametrize(("able", "checked"), [(True, False), (True, True), (False, True)])
 def test_auto_is_measured_beside_sequential(
-    pretend: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], able: bool
+    pretend: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], able: bool, checked: bool
 ) -> None:
     way = bench_pipeline.make_ways(None)[1][0]  # type: ignore[arg-type]
     names = ("DEVICE", "capture", "make_setup", "pipelined", "time_ms", "make_model", "replay_for")
@@ -116,7 +116,7 @@ def test_auto_is_measured_beside_sequential(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 40, 1 << 40))
     arguments = ["--shapes", "0.6b", "--batches", "5", "--contexts", "70,1099511627776", "--repeats", "2"]
     monkeypatch.setattr(sys, "argv", ["bench_auto.py", *arguments, "--replays", "1"])
-    sys.argv += ["--settle-s", "0.01"]
+    sys.argv += ["--settle-s", "0.01", *(["--check"] if checked else [])]
     bench_auto.main()
     fits, too_long = json.loads(capsys.readouterr().out.splitlines()[-1])["cases"]
     assert "its pages take" in too_long["error"]
@@ -124,7 +124,9 @@ def test_auto_is_measured_beside_sequential(
         {"sequential", "44:88"} if able else set()
     )
     assert fits["chosen"] in ("sequential", *fits["tried"]) and fits["ratio"][1] <= fits["ratio"][0] <= fits["ratio"][2]
-    assert fits["explored_steps"] == (12 if able else 0)
+    measured = {"sequential", *fits["tried"]} if checked else {"sequential", fits["chosen"]}
+    assert set(fits["steady_ms"]) == measured and fits["best"][0] == min(measured, key=fits["steady_ms"].get)
+    assert fits["explored_steps"] == (24 if able else 0)
 
 
 def test_the_picture_has_a_line_a_boundary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
