@@ -19,6 +19,7 @@ import gc
 import json
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from bench_pipeline import (
     pipelined,
     relative_rms,
     replay_for,
+    sequential_step,
     time_ms,
 )
 
@@ -144,13 +146,8 @@ def decide(setup: Setup, ways: list[Way], args: argparse.Namespace) -> dict[str,
 
 def capture_all(setup: Setup, ways: list[Way], args: argparse.Namespace) -> tuple[dict[str, Captured], int]:
     """The sequential graph first, and what the memory of the others is, in bytes. Each must give its logits."""
-    pool, batch = torch.cuda.graph_pool_handle(), setup.batch
-
-    def sequential() -> None:
-        model, logits = setup.model, setup.logits_BV
-        model.forward_decode(batch.token_ids, batch.positions, setup.kv_cache, batch.metadata, logits)
-
-    graphs = {SEQUENTIAL: capture(sequential, pool)}
+    pool = torch.cuda.graph_pool_handle()
+    graphs = {SEQUENTIAL: capture(partial(sequential_step, setup), pool)}
     graphs[SEQUENTIAL].replay()
     expected, before = setup.logits_BV.clone(), torch.cuda.mem_get_info()[0]
     for way in ways:

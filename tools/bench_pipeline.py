@@ -21,6 +21,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,6 +200,13 @@ def stages_and_lanes(setup: Setup, way: Way, args: argparse.Namespace) -> tuple[
     return made.stages, made.lanes
 
 
+def sequential_step(setup: Setup) -> None:
+    """As the engine's decode graphs queue it."""
+    model, cache, (ids, positions, metadata) = setup.model, setup.kv_cache, setup.batch
+    metadata = model.attention.planned(metadata, cache.layer_view(0)[0])
+    model.forward_decode(ids, positions, cache, metadata, setup.logits_BV)
+
+
 def pipelined(setup: Setup, way: Way, args: argparse.Namespace) -> dict[str, Run]:
     """The step of a way, and both lanes by themselves."""
     (stages, lanes), batches = stages_and_lanes(setup, way, args), micro_batches(setup.batch, args.micro_batches)
@@ -242,14 +250,9 @@ def run_alone(
 
 def measure_case(model: Qwen3ForCausalLM, ways: list[Way], case: Case, args: argparse.Namespace) -> dict[str, Any]:
     setup, started = make_setup(model, case), time.perf_counter()
-    batch, pool = setup.batch, torch.cuda.graph_pool_handle()
-    stream = torch.cuda.Stream(DEVICE)
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(DEVICE)
     with torch.cuda.stream(stream), torch.inference_mode():
-
-        def sequential() -> None:
-            model.forward_decode(batch.token_ids, batch.positions, setup.kv_cache, batch.metadata, setup.logits_BV)
-
-        graphs = {"sequential": capture(sequential, pool)}
+        graphs = {"sequential": capture(partial(sequential_step, setup), pool)}
         graphs["sequential"].replay()
         expected = setup.logits_BV.clone()
         rows = {f"{way.name} {way.boundary}": try_way(setup, way, args, pool, graphs, expected) for way in ways}

@@ -47,6 +47,7 @@ from bench_pipeline import (
     relative_rms,
     replay_for,
     run_alone,
+    sequential_step,
     stages_and_lanes,
 )
 
@@ -126,7 +127,6 @@ def make_runs(
     """Each part's name, and how to queue it."""
     batch, model, num_layers = setup.batch, setup.model, stages.num_layers
     counters = {lane: torch.zeros(1, device=DEVICE) for lane in LANES}
-    inputs = batch.token_ids, batch.positions, setup.kv_cache, batch.metadata, setup.logits_BV
     normed = torch.randn(len(batch.token_ids), model.config.hidden_size, device=DEVICE).to(model.dtype)
 
     def count(lane: Lane, layer: int, batch: MicroBatch, state: State) -> State:
@@ -138,7 +138,7 @@ def make_runs(
             counters["ffn"].add_(1)
 
     runs: dict[str, Run] = {
-        "sequential": partial(model.forward_decode, *inputs),
+        "sequential": partial(sequential_step, setup),
         "pipelined": partial(decode_step, stages, lanes, halves, setup.logits_BV),
         "logits": partial(project_to_logits, normed, model.lm_head.weight, setup.logits_BV),
         "empty stages": partial(run_stages, stages, lanes, halves, count),
