@@ -227,21 +227,18 @@ class DecodePipelineScheduler:
     @property
     def attention_queue(self) -> list[Item]:
         """(micro-batch, layer) of what the attention lane runs in the last step, in order; none if it had no lanes."""
-        return attention_queue(*self._sizes()) if self._was_pipelined() else []
+        return self._queues_of(self.last)[0]
 
     @property
     def ffn_queue(self) -> list[Item]:
         """The same of the FFN lane."""
-        if not self._was_pipelined() or self.last is None:
-            return []
-        return ffn_queue(*self._sizes(), lead=self.last.step.way.endswith(" core"))
+        return self._queues_of(self.last)[1]
 
-    def _was_pipelined(self) -> bool:
-        return self.last is not None and self.last.step.way != SEQUENTIAL
-
-    def _sizes(self) -> tuple[int, int]:
-        assert self.last is not None and self.ways is not None
-        return min(self.ways.num_micro_batches, self.last.place[0]), self.model.config.num_hidden_layers
+    def _queues_of(self, launched: Launched | None) -> tuple[list[Item], list[Item]]:
+        if launched is None or launched.step.way == SEQUENTIAL or self.ways is None:
+            return [], []
+        sizes = min(self.ways.num_micro_batches, launched.place[0]), self.model.config.num_hidden_layers
+        return attention_queue(*sizes), ffn_queue(*sizes, lead=launched.step.way.endswith(" core"))
 
     def get_pipeline_statistics(self) -> dict[str, Any]:
         """Since the start. Times in milliseconds: `avg_attention_time_ms` and `avg_ffn_time_ms` are of all stages of a
@@ -293,7 +290,7 @@ class DecodePipelineScheduler:
     def _log(self, launched: Launched, token_ids: Sequence[int]) -> None:
         seconds = self._clock.seconds(launched.begin, launched.end) if self._clock is not None else None
         rate = f"{launched.num_rows / seconds:.0f} tok/s" if seconds else "-"
-        depths = f"attention {len(self.attention_queue)}, ffn {len(self.ffn_queue)}"
+        depths = "attention {}, ffn {}".format(*map(len, self._queues_of(launched)))
         ids, where = list(token_ids), f"{launched.place[0]} rows x {launched.place[1]} tokens"
         logger.info("step %s %s (%s): queues %s; %s; ids %s", *launched.step, where, depths, rate, ids)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -180,6 +181,22 @@ def test_queues_are_those_of_the_last_step() -> None:
     assert scheduler.ffn_queue == ffn_queue(2, 3, lead=False)
     decode(scheduler, 1, rows=1)
     assert scheduler.attention_queue == []
+
+
+def test_the_log_has_the_queues_of_the_step_that_it_tells_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Others have been launched by the time a result is known."""
+    card = SimulatedCard({SEQUENTIAL: 0.01, "44:88 core": 0.008})
+    scheduler = scheduler_of(card, static=True, debug=True)
+    handles: list[Any] = []
+    for rows in (16, 1):
+        decode(scheduler, 1, rows)
+        told: Any = SimpleNamespace(tell=lambda listener: listener)
+        handles.append(scheduler.watched(told))
+    with caplog.at_level(logging.INFO, "nanovllm"):
+        for handle in handles:
+            handle([7])
+    depths = [record.getMessage().partition("queues ")[2].partition(";")[0] for record in caplog.records]
+    assert depths == ["attention 6, ffn 8", "attention 0, ffn 0"]
 
 
 def test_the_seeds_constructor_and_name() -> None:

@@ -236,8 +236,8 @@ def test_a_failing_rebalance_drops_no_request(
 
     monkeypatch.setattr(GreenManager, "rebalance", fail_third)
     with caplog.at_level(logging.WARNING, "nanovllm"), engine() as llm:
-        assert answers(llm) == expected
-        assert answers(llm) == expected
+        for _ in range(4):
+            assert answers(llm) == expected
         stats = llm.decode_runner.get_pipeline_statistics()
     assert stats["mode_running"] == "sequential" and "injected" in stats["fallback_cause"]
     assert caplog.text.count(WARNING) == 1 and moves[0] == 3
