@@ -42,9 +42,14 @@ def split_counts(text: str) -> tuple[int, int]:
 
 
 def pipeline_config(args: argparse.Namespace) -> dict[str, Any]:
-    """Keywords of `nanovllm.Config`; {} where no pipeline was asked for."""
+    """Keywords of `nanovllm.Config`; {} where no pipeline was asked for. `ValueError`: flags that would do nothing."""
+    counts = {"--decode-attention-sm": args.decode_attention_sm, "--decode-ffn-sm": args.decode_ffn_sm}
+    switches = {"--decode-pipeline-profiling": args.decode_pipeline_profiling, "--pipeline-debug": args.pipeline_debug}
     if not (args.enable_decode_pipeline or args.decode_pipeline or args.pipeline_split):
+        _refuse(counts | switches | {"--disable-green": args.disable_green}, "without --enable-decode-pipeline")
         return {}
+    if args.pipeline_split:
+        _refuse(counts, "beside --pipeline-split")
     if args.pipeline_debug:
         logging.basicConfig(level=logging.INFO)
     attention_sm, ffn_sm = args.pipeline_split or (args.decode_attention_sm, args.decode_ffn_sm)
@@ -57,6 +62,11 @@ def pipeline_config(args: argparse.Namespace) -> dict[str, Any]:
         "decode_pipeline_profiling": args.decode_pipeline_profiling,
         "pipeline_debug": args.pipeline_debug,
     }
+
+
+def _refuse(flags: dict[str, object], where: str) -> None:
+    if given := [name for name, value in flags.items() if value]:
+        raise ValueError(f"{', '.join(given)} would do nothing {where}")
 
 
 def start_on_one_card(llm: LLM, config: dict[str, Any]) -> None:

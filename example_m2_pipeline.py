@@ -30,8 +30,9 @@ def make_parser() -> Parser:
     parser.add_argument("--prefill-device", type=int, default=0)
     parser.add_argument("--decode-device", type=int, default=1)
     parser.add_argument("--decode-pipeline", choices=("auto", "static", "disabled"), default="auto")
-    parser.add_argument("--attention-sm", type=int, help="SMs of attention (default: what measures best)")
-    parser.add_argument("--ffn-sm", type=int, help="SMs of the FFN")
+    attention, ffn = ("--decode-attention-sm", "--attention-sm"), ("--decode-ffn-sm", "--ffn-sm")
+    parser.add_argument(*attention, type=int, metavar="SMS", help="SMs of attention (default: what measures best)")
+    parser.add_argument(*ffn, type=int, metavar="SMS", help="SMs of the FFN")
     parser.add_argument("--disable-green", action="store_true", help="no SM partitions: one stream")
     parser.add_argument("--pipeline-debug", action="store_true", help="log every decode step")
     return parser
@@ -68,8 +69,8 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
         "decode_device_id": args.decode_device,
         "enable_decode_pipeline": True,
         "decode_pipeline": args.decode_pipeline,
-        "decode_attention_sm": args.attention_sm,
-        "decode_ffn_sm": args.ffn_sm,
+        "decode_attention_sm": args.decode_attention_sm,
+        "decode_ffn_sm": args.decode_ffn_sm,
         "disable_green": args.disable_green,
         "decode_pipeline_profiling": True,
         "pipeline_debug": args.pipeline_debug,

@@ -32,6 +32,7 @@ def test_without_gpus_it_falls_back_says_so_and_answers(
         (["--decode-pipeline", "static"], NO_PARTITIONS),
         (["--decode-pipeline", "static", "--disable-green"], "disable_green=True leaves nothing to"),
         (["--attention-sm", "0"], "decode_attention_sm=0 must be an integer from 1"),
+        (["--decode-ffn-sm", "0"], "decode_ffn_sm=0 must be an integer from 1"),
     ],
 )
 def test_mistakes_end_in_one_line(flags: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,6 +82,20 @@ def test_a_split_is_static(capsys: pytest.CaptureFixture[str]) -> None:
     assert (config["decode_pipeline"], config["decode_attention_sm"], config["decode_ffn_sm"]) == ("auto", 44, 88)
     with pytest.raises(SystemExit):
         bench.make_parser().parse_args([*SMALL, "--pipeline-split", "44"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["--decode-attention-sm", "44", "--pipeline-debug"], "--decode-attention-sm, --pipeline-debug would do"),
+        (["--disable-green"], "--disable-green would do nothing without --enable-decode-pipeline"),
+        (["--pipeline-split", "44:88", "--decode-ffn-sm", "80"], "--decode-ffn-sm would do nothing beside --pipeline-"),
+    ],
+)
+def test_flags_without_effect_are_refused(flags: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        bench.main([*SMALL, *flags])
+    assert caught.value.code == 2 and error in capsys.readouterr().err
 
 
 def test_modes_of_one_card_have_no_pipeline_in_a_comparison() -> None:
