@@ -12,6 +12,7 @@ PREFILL_STEP_S = 0.12  # of it, but for the smallest: what card 0 has launched, 
 MEASURED_TOKENS = 512  # a prefill step of fewer says little about many
 WEIGHT = 0.2  # of a new measurement in a moving average
 LENT_STRETCH = 2.0  # of a decode step that lends about half of its SMs, before it was measured
+MIXED_IN_A_ROW = 32  # steps of a card; then one goes without prompts, so that twice of what it takes is measured
 
 
 class Pace:
@@ -26,6 +27,8 @@ class Pace:
         self._max_num_seqs = max_num_seqs
         self._slo_s = None if itl_slo_ms is None else itl_slo_ms / 1e3
         self.decode_s = [0.0] * num_cards  # a step without prompts, as the batch is now
+        self._measured_s = [0.0] * num_cards  # the last ones that had none; 0: there was none yet
+        self._mixed_in_a_row = [0] * num_cards
         self._beside_lent_s = 0.0  # a step of the last card beside a lent one; 0: its last step was none of these
         self.token_s = token_s  # of a prompt, in a step of many
 
@@ -37,17 +40,22 @@ class Pace:
         elif isinstance(shard, DecodeShard):
             self._record_decode(shard, seconds)
         elif isinstance(shard, MixedShard):
-            # What the chunk alone would have taken is more than it did here, where weights are read anyway: the
-            # decode step comes out a little short, and the next chunk a little small.
+            # Mostly a chunk takes a little less here than `token_s` says, since weights are read anyway: what is left
+            # for decoding comes out short. Where it takes more (a long prompt's end), that comes out long: together
+            # they are right for the next step, but no limit may follow from it, or long steps would allow longer ones.
             alone_s = max(0.0, seconds - shard.prefill.num_tokens * self.token_s)
             self.decode_s[shard.card] = _average(self.decode_s[shard.card], alone_s)
+            self._mixed_in_a_row[shard.card] += 1
 
     def _record_decode(self, shard: DecodeShard, seconds: float) -> None:
         if shard.beside_lent:
             self._beside_lent_s = _average(self._beside_lent_s, seconds)
         else:
-            self.decode_s[shard.card] = _average(self.decode_s[shard.card], seconds)
-            self._beside_lent_s = 0.0 if shard.card == len(self.decode_s) - 1 else self._beside_lent_s
+            card = shard.card
+            self.decode_s[card] = _average(self.decode_s[card], seconds)
+            self._measured_s[card] = _average(0.0 if self._mixed_in_a_row[card] else self._measured_s[card], seconds)
+            self._mixed_in_a_row[card] = 0
+            self._beside_lent_s = 0.0 if card == len(self.decode_s) - 1 else self._beside_lent_s
 
     def chunk_tokens(self, card: int, num_rows: int) -> int:
         """Prompt tokens that the next step of `card` has room for beside so many rows: one of `chunk_sizes`, if need be
@@ -56,6 +64,10 @@ class Pace:
         if not (self.decode_s[card] and self.token_s):
             return sizes[0]
         return max((size for size in sizes if size * self.token_s <= self._room_s(card)), default=sizes[0])
+
+    def lacks_measurement(self, card: int) -> bool:
+        """Whether a step of `card` should go without prompts, to tell anew how long these may make it."""
+        return self._mixed_in_a_row[card] >= MIXED_IN_A_ROW
 
     def keeps_slo(self, card: int, num_rows: int) -> bool:
         """Whether the smallest chunk still fits under the SLO of `card` beside so many rows. Without an SLO it does."""
@@ -73,11 +85,14 @@ class Pace:
     def _room_s(self, card: int) -> float:
         """Of a step for a chunk. Card 0 with few rows is no quicker to its readers than the decode card to its own: its
         prompts need chunks that are worth their step."""
-        decode_s, is_last = self.decode_s[card], card == len(self.decode_s) - 1
-        if is_last:
-            return decode_s if self._slo_s is None else self._slo_s - decode_s
-        limit_s = 2 * self.decode_s[-1] if self._slo_s is None else self._slo_s
-        return max(decode_s, limit_s - decode_s)
+        limit_s = self._twice_s(len(self.decode_s) - 1) if self._slo_s is None else self._slo_s
+        if card != len(self.decode_s) - 1:
+            limit_s = max(limit_s, self._twice_s(card))
+        return limit_s - self.decode_s[card]
+
+    def _twice_s(self, card: int) -> float:
+        """Two steps without prompts, as measured; estimated before the first one."""
+        return 2 * (self._measured_s[card] or self.decode_s[card])
 
     @property
     def prefill_tokens(self) -> int:

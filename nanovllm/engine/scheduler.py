@@ -124,6 +124,8 @@ class Scheduler:
         chosen, decode = self.ready_for_prefill(card), self.ready_for_decode(card)
         if not chosen and decode is None:
             return None
+        if decode is not None and self.elastic and self.pace.lacks_measurement(card):
+            chosen = []  # they go on with the next step
         step = self.managers[card].launch_step()
         prefill = self._launch_prefill(card, step, chosen) if chosen else None
         if decode is None:

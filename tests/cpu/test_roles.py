@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from nanovllm.engine import moves
+from nanovllm.engine import pace as pacing
 from nanovllm.engine import scheduler as scheduling
 from nanovllm.engine.pace import Pace
 from nanovllm.engine.request_states import State
@@ -383,6 +384,56 @@ def test_a_mixed_step_tells_what_decoding_alone_would_take() -> None:
     pace.record(decode, 0.01)
     pace.record(MixedShard(1, 2, PrefillShard(1, 2, (_chunk(500),)), decode), 0.02)  # of that, 10 ms the chunk
     assert pace.decode_s[1] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("chunk_cost", [0.5, 1.0, 1.5, 3.0])
+def test_mixed_steps_take_twice_the_measured_one_whatever_chunks_cost(chunk_cost: float) -> None:
+    """Where a chunk's token takes more than one of a prompt alone, the excess counts as decoding: it must not lengthen
+    the steps to come, which would lengthen it again."""
+    pace = Pace(2, 512, itl_slo_ms=None, token_s=2e-5)
+    decode = DecodeShard(1, 1, tuple(range(64)), 8)
+    pace.record(decode, 0.02)
+    steps_s = []
+    for _ in range(200):
+        chunk = _chunk(pace.chunk_tokens(1, 64))
+        steps_s.append(0.02 + len(chunk.tokens) * chunk_cost * 2e-5)
+        pace.record(MixedShard(1, 2, PrefillShard(1, 2, (chunk,)), decode), steps_s[-1])
+    settled_s = steps_s[50:]  # sizes are few: about the limit they may take turns
+    assert sum(settled_s) / len(settled_s) <= 0.04 and max(settled_s) < 0.05
+
+
+def test_a_card_goes_without_prompts_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What decoding alone takes is measured again, also where prompts never end."""
+    monkeypatch.setattr(pacing, "MIXED_IN_A_ROW", 3)
+    plan = elastic(100, 100, max_num_batched_tokens=8, run_ahead=1)
+    monkeypatch.setattr(plan.scheduler.pace, "chunk_tokens", lambda card, num_rows: 2)
+    plan.add(6)
+    plan.fill()
+    for _ in range(4):
+        plan.add(40)
+    kinds = []
+    for _ in range(12):
+        plan.launch_all(Shard)
+        (step, *_) = of_card(plan.in_flight, 1)
+        kinds.append(type(step))
+        plan.end(step)
+    first = kinds.index(MixedShard)
+    assert kinds[first : first + 7] == [*[MixedShard] * 4, *[DecodeShard] * 2, MixedShard], "two are in flight"
+    plan.drain()
+
+
+def test_prompts_go_on_where_no_row_can_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows may wait for the blocks that they hold: no step without prompts is to be had then."""
+    monkeypatch.setattr(pacing, "MIXED_IN_A_ROW", 0)
+    plan = elastic(100, 100, max_num_batched_tokens=8)
+    plan.add(6)
+    plan.fill()
+    for _ in range(4):
+        plan.add(16)
+    plan.scheduler.ready_for_decode = lambda card: None  # type: ignore[method-assign]
+    assert any(isinstance(step, PrefillShard) for step in of_card(plan.launch_all(Shard), 1))
+    del plan.scheduler.ready_for_decode
+    plan.drain()
 
 
 def _chunk(num_tokens: int) -> Any:
