@@ -69,7 +69,7 @@ class DecodeBatch:
         if missing <= 0:
             return 0
         step, left = self._left
-        if step != self._last_step:  # looked up once a step: prompts come many at a time
+        if step != self._last_step:  # looked up once a step, or when somebody leaves: prompts come many at a time
             left = sorted([one.max_length - len(one.tokens) - one.num_in_flight for one in self.running])
             self._left = self._last_step, left
         return left[missing - 1] if missing <= len(left) else math.inf
@@ -90,6 +90,7 @@ class DecodeBatch:
         sequence.slot = None
         del self.running[sequence]
         self._rows = None
+        self._left = -1, []
 
     def _fill_slots(self) -> None:
         if not (self.ready and self.free_slots):

@@ -221,7 +221,8 @@ class Scheduler:
         main, may_admit = self.main_batch, self._may_admit()
         own = self.batches.get(self.prefill_card, main)
         keeps = own is not main and self._has_slots(own, group)
-        if keeps and main.steps_until_slots(len(group.sequences)) > self.pace.steps_in(KEEP_AFTER_S):
+        waits = keeps and not self._has_slots(main, group)
+        if waits and main.steps_until_slots(len(group.sequences)) > self.pace.steps_in(KEEP_AFTER_S):
             if self._admit(group, self.prefill_card, own):
                 return True
         if may_admit and self._admit(group, self.prefill_card, main):

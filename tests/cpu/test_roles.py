@@ -204,6 +204,29 @@ def test_steps_until_slots() -> None:
     plan.drain()
 
 
+def test_who_has_left_does_not_count_as_a_slot_that_comes_free() -> None:
+    """Also between two steps: there may be none for a long while."""
+    plan = elastic(100, 100, max_num_seqs=2)
+    main = plan.scheduler.main_batch
+    for _ in range(2):
+        plan.add(9, max_tokens=20)
+    plan.run(PrefillShard, CopyShard, until=lambda: plan.count(State.DECODING) == 2)
+    assert 0 < main.steps_until_slots(1) < math.inf
+    for sequence in plan.sequences:
+        plan.scheduler.finish(sequence, "abort")
+    assert main.steps_until_slots(3) == math.inf
+    plan.drain()
+
+
+def test_more_answers_than_slots_go_to_an_empty_decode_card() -> None:
+    plan = elastic(100, 100, max_num_seqs=2)
+    plan.scheduler.pace.decode_s[1] = 0.01
+    answers = plan.add(9, max_tokens=5, n=3)
+    plan.schedule()
+    assert [answer.card for answer in answers] == [1, 1, 1]
+    plan.drain()
+
+
 def test_it_is_handed_off_when_prompts_queue_and_there_is_room() -> None:
     plan = kept_plan()
     kept = plan.sequences[2]

@@ -67,6 +67,7 @@ def small_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moves, "BALANCE_ROWS", 1)
     monkeypatch.setattr(moves, "MOVES_IN_FLIGHT", 2)
     monkeypatch.setattr(pace, "MEASURED_TOKENS", 1)
+    monkeypatch.setattr(pace, "MIXED_IN_A_ROW", 2)
     monkeypatch.setattr(step_sizes, "STEP_TOKENS", (4, 8, 16))
     monkeypatch.setattr(step_sizes, "MIN_CHUNK_TOKENS", 1)
     monkeypatch.setattr(step_sizes, "MIN_BUCKET", 2)
