@@ -180,6 +180,7 @@ def reached(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     note(Scheduler, "_help", lambda plan, _, helped: f"help, seconds known {plan.pace.token_s > 0}: {helped}")
     note(Pace, "seconds_of", lambda _, __, seconds: f"queue long enough: {HELP_AFTER_S <= seconds < math.inf}")
     note(Pace, "keeps_slo", lambda _, __, kept: f"slo kept: {kept}")
+    note(Pace, "lacks_measurement", lambda _, __, lacks: f"without prompts now: {lacks}")
     note(Pace, "chunk_tokens", lambda _, __, tokens: f"chunk of {tokens}")
     return counts
 
@@ -193,6 +194,7 @@ def test_random_worlds_reach_every_path(reached: Counter[str]) -> None:
     assert all(counts[name] for name in (*plain, "helped", "hand_offs", "taken_over")), counts
     paced = ("take over DECODING: True", "take over READY: True", "help, seconds known True: True")
     limits = [f"{limit}: {kept}" for limit in ("queue long enough", "slo kept") for kept in (True, False)]
+    limits.append("without prompts now: True")
     sizes = {size for rows in range(1, 9) for size in step_sizes.chunk_sizes(rows, 8)}
     missing = [name for name in (*paced, *limits, *(f"chunk of {size}" for size in sizes)) if not reached[name]]
     assert not missing, f"{missing} of {reached}"
