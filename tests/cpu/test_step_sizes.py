@@ -33,9 +33,10 @@ def test_a_chunk_fills_a_captured_step(max_num_seqs: int) -> None:
 @pytest.mark.parametrize(
     ("budget", "rows", "tokens"),
     [
-        (512, 0, 512), (512, 20, 480), (512, 130, 320), (512, 193, 256), (512, 256, 256), (300, 20, 224), (1024, 20, 992),
-        (1024, 300, 640), (1025, 20, 1005), (2048, 300, 1748), (8192, 20, 8172),  # beyond: what the rows leave
-        (512, 300, 128), (512, 400, 112), (512, 600, 1), (10, 3, 7),  # whatever the rows are padded to is more than the budget
+        (512, 0, 512), (512, 20, 480), (512, 130, 320), (512, 193, 256), (512, 256, 256), (300, 20, 224),
+        (1024, 20, 992), (1024, 300, 640), (512, 300, 128), (512, 400, 112),
+        (1025, 20, 1005), (2048, 300, 1748), (8192, 20, 8172),  # beyond: what the rows leave
+        (512, 600, 1), (10, 3, 7),  # whatever the rows are padded to is more than the budget
     ],
 )  # fmt: skip
 def test_rows_and_chunk_keep_to_a_budget(budget: int, rows: int, tokens: int) -> None:
