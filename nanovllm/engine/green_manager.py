@@ -177,8 +177,9 @@ class GreenManager:
         for part, seconds in enumerate((attention_s, ffn_s, wall_s)):
             self._busy_s[part] += seconds
 
-    def stats(self) -> dict[str, float]:
-        """SMs of the current split as asked and granted, how many idle, switches so far, busy shares of 0 to 1."""
+    def stats(self) -> dict[str, float | None]:
+        """SMs of the current split as asked and granted, how many idle, switches so far, busy shares of 0 to 1 (None:
+        no step was timed)."""
         asked, granted, (attention_s, ffn_s, wall_s) = self.current.asked, self.current.granted, self._busy_s
         return {
             "attention_sm_asked": asked.attention_sms,
@@ -188,8 +189,8 @@ class GreenManager:
             "idle_sms": self.current.idle_sms,
             "splits": len(self._splits),
             "switches": self._switches,
-            "attention_busy_share": attention_s / wall_s if wall_s else 0.0,
-            "ffn_busy_share": ffn_s / wall_s if wall_s else 0.0,
+            "attention_busy_share": attention_s / wall_s if wall_s else None,
+            "ffn_busy_share": ffn_s / wall_s if wall_s else None,
         }
 
     def close(self) -> None:

@@ -195,7 +195,7 @@ def _pipeline(stats: Stats) -> Iterator[Metric]:
     mode = pipeline.get("mode_running", "disabled")
     latency = {stage: pipeline.get(f"avg_{stage}_time_ms", 0.0) / 1e3 for stage in STAGES}
     share = {stage: count / card_sms if card_sms else 0.0 for stage, count in sms.items()}
-    busy = {stage: green.get(f"{stage}_busy_share", 0.0) for stage in STAGES}
+    busy = {stage: green.get(f"{stage}_busy_share") or 0.0 for stage in STAGES}
     yield _gauge("pipeline_mode", "1 for how decode steps run.", {each: each == mode for each in MODES}, ("mode",))
     text = "Seconds of a decode step's attention stages (StageA) or FFN stages (StageF): moving average of timed steps."
     yield _gauge("stage_latency_seconds", text, latency, labels)
