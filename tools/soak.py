@@ -10,7 +10,11 @@ arrive damaged; a few never succeed. Engines follow each other: the second of ev
 its work, and the last one its context. After each of them every request is accounted for and every block of every card
 is free, or the soak fails. The demo model's answers, in float32, equal those of a run without faults. Of a shape in
 bfloat16, where a batch of another size may round otherwise, the share that does is told, and every greedy answer is
-checked by regret (tests/regret.py). Roles are strict and elastic in turn. The last line is one JSON object.
+checked by regret (tests/regret.py). Roles are strict and elastic in turn.
+
+`--minutes` is the limit of everything from the start of the tool: the run without faults, lives, and regrets, which are
+computed after each life. Then the figures so far are printed, one JSON object in a line; so the last line has them all,
+and a run that is cut off loses its last life only.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ from nanovllm.layers import sampler
 from nanovllm.outputs import RequestOutput
 from tests.faults import ILLEGAL_ACCESS, STEPS, FaultInjector, copies_across
 from tests.regret import BFLOAT16, Reference, Regrets
+from tools.timetable import Timetable
 
 Answer = list[tuple[list[int], str | None]]
 
@@ -133,6 +138,7 @@ class Life:
         self._asked: dict[str, int] = {}  # outstanding: which kind
         self.ended: Counter[str] = Counter()
         self.num_asked = 0
+        self.asked_s = 0.0  # when it last asked
         self.answers: list[tuple[int, Answer]] = []
 
     def run(self, num_requests: int, until_s: float) -> None:
@@ -140,7 +146,7 @@ class Life:
         stop = threading.Event()
         aborter = threading.Thread(target=self._abort_some, args=(stop,), daemon=True)
         aborter.start()
-        begun_s = time.monotonic()
+        begun_s = self.asked_s = time.monotonic()
         try:
             while self.num_asked < num_requests and time.monotonic() < until_s:
                 self._ask()
@@ -149,6 +155,7 @@ class Life:
                     self._faults.due.set()
                 while len(self._asked) >= OUTSTANDING:
                     self._collect()
+                self.asked_s = time.monotonic()
             while self._asked:
                 self._collect()
         except EngineDeadError:
@@ -276,26 +283,39 @@ def reference_of(
         return [answer_of(output) for output in outputs], Reference(llm) if by_regret else None
 
 
-def regrets_of(reference: Reference, kinds: list[Kind], answers: list[tuple[int, Answer]]) -> Regrets:
-    """Of every greedy answer without a penalty, also of those that were cut off; equal ones once."""
-    distinct = {(number, tuple(tokens)) for number, got in answers for tokens, _ in got if tokens}
-    greedy = [(kinds[number].prompt, tokens) for number, tokens in sorted(distinct) if is_greedy(kinds[number].params)]
-    return Regrets([reference.regret(*pair) for pair in greedy], [len(prompt) for prompt, _ in greedy])
+class Checker:
+    """Regrets of all greedy answers so far without a penalty, also of those that were cut off; equal ones once."""
+
+    def __init__(self, reference: Reference, kinds: list[Kind]) -> None:
+        self._reference, self._kinds = reference, kinds
+        self._known: set[tuple[int, tuple[int, ...]]] = set()  # answers, and all that they begin with
+        self.regrets = Regrets([], [])
+
+    def add(self, answers: list[tuple[int, Answer]]) -> Regrets:
+        """Those of one life more."""
+        distinct = {(number, tuple(tokens)) for number, got in answers for tokens, _ in got if tokens}
+        for number, tokens in sorted(distinct, key=lambda pair: -len(pair[1])):
+            kind = self._kinds[number]
+            if is_greedy(kind.params) and (number, tokens) not in self._known:
+                self._known.update((number, tokens[:end]) for end in range(1, len(tokens) + 1))
+                self.regrets.rows.append(self._reference.regret(kind.prompt, tokens))
+                self.regrets.prompt_tokens.append(len(kind.prompt))
+        return self.regrets
 
 
 def is_greedy(params: SamplingParams) -> bool:
     return params.temperature == 0 and not params.has_penalty and not params.min_tokens
 
 
-def live(args: argparse.Namespace, folder: str, kinds: list[Kind], number: int, left: int, until_s: float) -> Any:
-    """One engine's life: its counts and its answers."""
+def live(args: argparse.Namespace, folder: str, kinds: list[Kind], number: int, left: int, table: Timetable) -> Any:
+    """One engine's life, and its counts."""
     rng = random.Random(f"{args.seed} {number}")
     ending = {1: "card", 3: "context"}.get(number % 4)
     options = options_of(args, number)
     with LLM(folder, **options) as llm:
         faults = Faults(llm, rng, args.faults, ending)
         life = Life(llm, kinds, rng, faults, args.faults)
-        life.run(left, until_s)
+        life.run(left, table.until_s())
         stats = llm.stats()
     check_nothing_left(llm)
     assert sum(life.ended.values()) == life.num_asked, f"{life.ended} of {life.num_asked}"
@@ -304,37 +324,37 @@ def live(args: argparse.Namespace, folder: str, kinds: list[Kind], number: int, 
     counts.update({f"errors: {kind}": count for kind, count in stats["errors"].items() if count})
     counts["requests"] = life.num_asked
     print(f"life {number}, {options['pd_roles']}, {ending or 'nothing'} lost: {dict(counts)}", flush=True)
-    return counts, life.answers
+    return life, counts
 
 
-def soak(args: argparse.Namespace, folder: str) -> dict[str, Any]:
-    options = options_of(args)
-    rng, started_s = random.Random(args.seed), time.monotonic()
+def soak(args: argparse.Namespace, folder: str, started_s: float) -> dict[str, Any]:
+    """The figures, which are printed after each life, too. started_s: of `time.monotonic()`, when the limit began."""
     with_text = not args.shape
-    kinds = make_kinds(rng, min(KINDS, args.requests), 4000, 200 if with_text else 700, with_text)
-    reference, model = reference_of(folder, options, kinds, bool(args.shape))  # before anything is broken
+    kinds = make_kinds(random.Random(args.seed), min(KINDS, args.requests), 4000, 200 if with_text else 700, with_text)
+    reference, model = reference_of(folder, options_of(args), kinds, bool(args.shape))  # before anything is broken
+    checker = Checker(model, kinds) if model is not None else None
     break_tokenizers()
     if with_text:
         break_logits(random.Random(args.seed), args.faults / 40)
-    begun_s = time.monotonic()
-    end_s = begun_s + 60 * args.minutes if args.minutes else float("inf")
+    figures: dict[str, Any] = {"reference_seconds": time.monotonic() - started_s, "arguments": vars(args)}
+    print(json.dumps(figures), flush=True)
     totals: Counter[str] = Counter()
-    given: list[tuple[int, Answer]] = []  # to be checked at the end, so that it takes no time from the lives
     equal = different = number = 0
-    while totals["requests"] < args.requests and time.monotonic() < end_s:
+    table = Timetable(started_s + 60 * args.minutes if args.minutes else float("inf"), LIVES_IN_MINUTES)
+    while totals["requests"] < args.requests and table.begin():
         left = min(args.requests - totals["requests"], LIFE_REQUESTS if not args.minutes else 10**9)
-        until_s = min(end_s, time.monotonic() + 60 * args.minutes / LIVES_IN_MINUTES) if args.minutes else 1e18
-        counts, answers = live(args, folder, kinds, number, left, until_s)
+        life, counts = live(args, folder, kinds, number, left, table)
         release_memory()
-        given += answers if model is not None else []
-        same, other = count_equal(answers, reference)
+        if checker is not None and checker.add(life.answers).rows:
+            print(f"all lives so far: {checker.regrets.check(BFLOAT16)}", flush=True)
+        same, other = count_equal(life.answers, reference)
         totals.update(counts)
         equal, different, number = equal + same, different + other, number + 1
-    seconds = time.monotonic() - begun_s
-    if model is not None:
-        print(regrets_of(model, kinds, given).check(BFLOAT16))
-    figures = {"lives": number, "answers_equal": equal, "answers_different": different, "totals": dict(totals)}
-    return figures | {"seconds": seconds, "reference_seconds": begun_s - started_s}
+        figures |= {"lives": number, "answers_equal": equal, "answers_different": different, "totals": dict(totals)}
+        figures |= {"seconds": time.monotonic() - started_s, "ok": bool(args.shape) or not different}
+        print(json.dumps(figures), flush=True)
+        table.end(life.asked_s)
+    return figures
 
 
 def release_memory() -> None:
@@ -345,9 +365,10 @@ def release_memory() -> None:
 
 
 def main() -> int:
+    started_s = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10**9, help="in all")
-    parser.add_argument("--minutes", type=float, default=0.0, help="0: no limit")
+    parser.add_argument("--minutes", type=float, default=0.0, help="of everything; 0: no limit")
     parser.add_argument("--faults", type=float, default=0.02, help="share of copies, and of requests, that go wrong")
     parser.add_argument("--shape", choices=SHAPES, help="published sizes, random weights; left out: the demo model")
     parser.add_argument("--two-gpus", action="store_true", help="left out: two CPU cards")
@@ -360,10 +381,8 @@ def main() -> int:
         folder = DEMO_MODEL
         if args.shape:
             folder = str(write_shape(Path(stack.enter_context(tempfile.TemporaryDirectory())), args.shape))
-        figures = soak(args, folder)
-    wrong = not args.shape and figures["answers_different"] > 0
-    print(json.dumps(figures | {"arguments": vars(args), "ok": not wrong}))
-    return int(wrong)
+        figures = soak(args, folder, started_s)
+    return int(not figures.get("ok"))  # without a life nothing was shown
 
 
 if __name__ == "__main__":
