@@ -21,6 +21,7 @@ from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillSh
 from nanovllm.engine.watchdog import Progress
 
 CLOSE_LIMIT_S = 60.0  # for all workers together
+GRAPHS = {"prefill": "prefill_graphs", "decode": "graphs", "mixed": "mixed_graphs"}  # of a runner, by kind of step
 
 
 class Handle(Protocol):
@@ -86,6 +87,10 @@ class Executor(ABC):
         """Of every worker. Where there is none, whoever launches runs the shard."""
         return {}
 
+    def eager_steps(self, card: int) -> list[str]:
+        """Kinds of steps that this card launches kernel by kernel; none if no card has CUDA graphs."""
+        return []
+
     def close(self, limit_s: float = CLOSE_LIMIT_S) -> None:
         """Stop the workers once they have run what they were given; waits that long, at most. Safe to call twice."""
         return None  # nothing to stop where there are no workers
@@ -107,6 +112,19 @@ def _run_on(runners: Mapping[int, Runner], shard: Shard, after: Any) -> Handle:
     if isinstance(shard, MixedShard):
         return runners[shard.card].run_mixed(shard)
     return runners[shard.src].run_copy(shard, runners[shard.dst], after)
+
+
+def link_name(card: int) -> str:
+    """Of the worker that runs the copies which leave a card."""
+    return f"copies from card {card}"
+
+
+def _eager_steps(runners: Mapping[int, Runner], card: int) -> list[str]:
+    """As `Executor.eager_steps`."""
+    graphs = {kind: [getattr(runner, name, None) for runner in runners.values()] for kind, name in GRAPHS.items()}
+    if not any(each is not None for of_kind in graphs.values() for each in of_kind):
+        return []
+    return [kind for kind, name in GRAPHS.items() if getattr(runners[card], name, None) is None]
 
 
 def _measure(job: Job, before: Job | None = None) -> None:
@@ -135,6 +153,9 @@ class InlineExecutor(Executor):
         except Exception as error:
             job.error = error
         self._completed.append(job)
+
+    def eager_steps(self, card: int) -> list[str]:
+        return _eager_steps(self._runners, card)
 
 
 class Worker:
@@ -256,8 +277,11 @@ class ThreadedExecutor(Executor):
     def progress(self) -> dict[str, Progress]:
         cards = {f"card {card}": worker.progress for card, worker in self._cards.items()}
         lent = {f"lent steps of card {card}": worker.progress for card, worker in self._lent.items()}
-        links = {f"copies from card {card}": worker.progress for card, worker in self._links.items()}
+        links = {link_name(card): worker.progress for card, worker in self._links.items()}
         return cards | lent | links
+
+    def eager_steps(self, card: int) -> list[str]:
+        return _eager_steps(self._runners, card)
 
     def close(self, limit_s: float = CLOSE_LIMIT_S) -> None:
         workers = *self._cards.values(), *self._lent.values(), *self._links.values()

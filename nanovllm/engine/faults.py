@@ -6,6 +6,7 @@ told by its name and its text.
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
 from enum import Enum
 
@@ -101,6 +102,15 @@ def _breaks_context(error: BaseException) -> bool:
     if "OutOfMemoryError" in names or any(words in text for words in REFUSED):
         return False
     return "AcceleratorError" in names or any(words in text for words in STICKY)
+
+
+def let_go_of_frames(error: BaseException | None) -> None:
+    """What calls that failed had in their hands, tensors above all. Else it would live as long as their job, and a card
+    that is given up gets no job after its last one. Not for errors of the context: there freeing memory fails, too, and
+    torch may end the process for it."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def describe(error: BaseException) -> str:

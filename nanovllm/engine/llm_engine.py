@@ -18,8 +18,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.config import Config
-from nanovllm.engine.executor import CLOSE_LIMIT_S, Executor, Job
-from nanovllm.engine.faults import Faults, Verdict, describe, is_sticky
+from nanovllm.engine.executor import CLOSE_LIMIT_S, Executor, Job, link_name
+from nanovllm.engine.faults import Faults, Verdict, describe, is_sticky, let_go_of_frames
 from nanovllm.engine.metrics import EngineMetrics
 from nanovllm.engine.output_queue import EngineDeadError, OutputQueue
 from nanovllm.engine.scheduler import Scheduler
@@ -185,11 +185,16 @@ class LLMEngine:
         self._gathers = False  # before the inbox is looked at
 
     def _look_for_hangs(self) -> None:
-        hanging = self._watchdog.look(self._beat_s, self.executor.progress())
+        workers = self.executor.progress()
+        hanging = self._watchdog.look(self._beat_s, workers)
         if hanging:
             self.hung = True
             names = " and ".join(hanging)
             raise TimeoutError(f"{names}: nothing was finished for hang_limit_s={self.config.hang_limit_s:g}")
+        pending = {number: link_name(copy.shard.src) for number, copy in self.scheduler.handoff.pending.items()}
+        copies = {number: workers[link] for number, link in pending.items() if link in workers}
+        if overlooked := self._watchdog.overlooked(copies):
+            raise RuntimeError(f"copies {overlooked} were done, and never arrived: {self.scheduler.describe()}")
 
     def _take_inbox(self) -> int:
         count = 0
@@ -248,6 +253,7 @@ class LLMEngine:
             recovery.forget(shard)
         else:
             self._act(self.faults.judge(job), job)
+        let_go_of_frames(job.error)
         return True
 
     def _act(self, verdict: Verdict, job: Job) -> None:
@@ -269,6 +275,8 @@ class LLMEngine:
         lost = self.faults.lost_card
         assert lost is not None
         self.metrics.errors["card"] += 1
+        if eager := self.executor.eager_steps(1 - lost):
+            self.faults.cause = f"{self.faults.cause}; card {1 - lost} has no CUDA graphs of {', '.join(eager)} steps"
         logger.warning("card %d is not used any more, card %d goes on alone: %s", lost, 1 - lost, self.faults.cause)
         self.scheduler.recovery.lose_card(lost)
 

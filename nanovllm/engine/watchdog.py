@@ -1,4 +1,4 @@
-"""Notices workers that have work and finish none of it."""
+"""Notices workers that have work and finish none of it, and copies that workers have done and nobody heard of."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 LOOKS = 4  # within the limit: a process that was stopped for a while, and goes on, counts as one look
+PASSES = 2 * LOOKS  # more than a copy and its retries make, each perhaps looked at between its end and the news of it
 
 
 class Progress(NamedTuple):
@@ -23,6 +24,7 @@ class Watchdog:
         self.limit_s, self.interval_s = limit_s, limit_s / LOOKS
         self.next_look_s = time.perf_counter() + self.interval_s
         self._seen: dict[str, tuple[int, int]] = {}  # by worker: jobs done, and looks at which it was so
+        self._passes: dict[int, tuple[int, int]] = {}  # by copy: jobs given when last passed, and how often it was
 
     def look(self, now_s: float, workers: Mapping[str, Progress]) -> list[str]:
         """The workers that hang. now_s: of `time.perf_counter()`."""
@@ -32,3 +34,13 @@ class Watchdog:
             still = worker.given > worker.done == done
             self._seen[name] = worker.done, looks + 1 if still else 0
         return [name for name, (_, looks) in self._seen.items() if looks >= LOOKS]
+
+    def overlooked(self, copies: Mapping[int, Progress]) -> list[int]:
+        """Of the copies in flight, each with its worker's progress, those that it has passed too often: it runs them in
+        order, so what it had been given when a copy was first seen is done with the copy, however slow it is."""
+        seen, self._passes = self._passes, {}
+        for copy, worker in copies.items():
+            given, passes = seen.get(copy, (worker.given, 0))
+            passed = worker.done >= given
+            self._passes[copy] = worker.given if passed else given, passes + passed
+        return [copy for copy, (_, passes) in self._passes.items() if passes >= PASSES]

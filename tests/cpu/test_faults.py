@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from nanovllm import LLM, EngineDeadError, SamplingParams
 from nanovllm.engine.detokenizer import StopWatcher
 from nanovllm.engine.faults import BROKEN_LINK_COPIES, COPY_RETRIES, describe
 from nanovllm.engine.sequence import derive_seed
 from nanovllm.engine.shards import NO_TOKEN
-from nanovllm.engine.watchdog import LOOKS, Progress, Watchdog
+from nanovllm.engine.watchdog import LOOKS, PASSES, Progress, Watchdog
 from nanovllm.layers import sampler
 from nanovllm.tokenizer import Tokenizer
 from tests.cpu.tiny import make_llm, scripted, settle, wait_until, write_model
@@ -163,6 +166,52 @@ def test_a_failing_card_leaves_the_other(
     assert after["prefill_tokens"] == stats[f"card{card}"]["prefill_tokens"]
 
 
+def test_a_lost_card_keeps_nothing_of_its_last_step(llm: LLM, expected: list[list[int]]) -> None:
+    """What a step had in its hands when it failed is gone, although nothing else runs on that card any more."""
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def fail(*shard: Any) -> None:
+        activations = torch.zeros(1 << 10)
+        held.append(weakref.ref(activations))
+        try:
+            raise KeyError("a bug, somewhere inside")
+        except KeyError as error:
+            raise RuntimeError("a bug") from error
+
+    FaultInjector(llm).before = Times(1, steps_of(1), fail)
+    assert tokens_of(llm) == expected and llm.stats()["degraded"] is not None
+    assert len(held) == 1 and held[0]() is None
+
+
+def test_nothing_is_freed_after_a_sticky_error(llm: LLM) -> None:
+    """Where freeing fails as well, before anybody was told."""
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def fail(*shard: Any) -> None:
+        activations = torch.zeros(1 << 10)
+        held.append(weakref.ref(activations))
+        raise RuntimeError(ILLEGAL_ACCESS)
+
+    FaultInjector(llm).before = Times(1, steps_of(1), fail)
+    with pytest.raises(EngineDeadError):
+        tokens_of(llm)
+    assert len(held) == 1 and held[0]() is not None
+
+
+@pytest.mark.parametrize(("card", "kinds"), [(0, "prefill, decode"), (1, "decode, mixed")])
+def test_a_card_that_goes_on_without_graphs_says_so(
+    folder: Path, expected: list[list[int]], card: int, kinds: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a card of strict roles does: it captured its own kinds of steps only."""
+    never: Any = SimpleNamespace(size_for=lambda *sizes: None)  # graphs of no size: every step is launched eagerly
+    with make_llm(folder, enable_two_gpu_pd=True, pd_roles="strict") as llm:
+        FaultInjector(llm).before = Times(1, steps_of(card), fails(RuntimeError("a bug")))
+        llm.prefill_runner.prefill_graphs = llm.decode_runner.mixed_graphs = never
+        assert tokens_of(llm) == expected
+        told = f"card {card}: RuntimeError: a bug; card {1 - card} has no CUDA graphs of {kinds} steps"
+        assert llm.stats()["degraded"] == told and told in caplog.text
+
+
 def test_a_second_failure_ends_the_engine(llm: LLM) -> None:
     first, second = (Times(1, steps_of(card), fails(RuntimeError("a bug"))) for card in (0, 1))
 
@@ -265,6 +314,37 @@ def test_slow_is_not_hung(folder: Path, expected: list[list[int]]) -> None:
     with make_llm(folder, enable_two_gpu_pd=True, hang_limit_s=1.0) as llm:
         FaultInjector(llm).before = Times(3, lambda *shard: True, lambda *shard: time.sleep(0.4))
         assert tokens_of(llm) == expected
+
+
+def test_a_copy_whose_end_nobody_heard_of_is_noticed(folder: Path) -> None:
+    """Its prompt would wait for ever, while others go on."""
+    with make_llm(folder, enable_two_gpu_pd=True, pd_roles="strict", hang_limit_s=0.6) as llm:
+        link = llm._engine.executor._links[0]  # type: ignore[attr-defined]
+        complete, dropped, ends = link._complete, [], []
+        link._complete = lambda job: complete(job) if dropped else dropped.append(job)
+
+        def go_on() -> None:
+            with pytest.raises(EngineDeadError, match="were done, and never arrived"):
+                while True:
+                    tokens_of(llm)
+            ends.append(True)
+
+        callers = [threading.Thread(target=go_on, daemon=True) for _ in range(2)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join(60)
+        assert len(ends) == 2 and len(dropped) == 1, "somebody still waits"
+
+
+def test_watchdog_waits_for_slow_copies() -> None:
+    """However often it looks: only a worker that has been past a copy shows that it was overlooked."""
+    dog = Watchdog(60.0)
+    for look in range(10 * PASSES):  # 7 is the worker's next job, then the one after that, and so on
+        assert dog.overlooked({7: Progress(20 + look, 6)}) == []
+    for look in range(PASSES):
+        assert dog.overlooked({7: Progress(300 + 9 * look, 300 + 9 * look)}) == ([7] if look == PASSES - 1 else [])
+    assert dog.overlooked({8: Progress(300, 300)}) == [] and dog.overlooked({}) == []
 
 
 def test_watchdog_counts_looks_not_seconds() -> None:
