@@ -26,6 +26,9 @@ from nanovllm.engine.pace import Pace
 from nanovllm.engine.request_states import State
 from nanovllm.engine.scheduler import HELP_AFTER_S, Scheduler
 from nanovllm.sampling_params import SamplingParams
+from tests.cpu.test_fault_worlds import PLANTS as FAULT_PLANTS
+from tests.cpu.test_fault_worlds import STICKY
+from tests.sim.chaos import Chaos
 from tests.sim.plants import PLANTS
 from tests.sim.simulated_device import VOCABULARY
 from tests.sim.world import SLOS_MS, World, random_world, run_random, tiny_config
@@ -122,6 +125,21 @@ class EngineMachine(RuleBasedStateMachine):
             self.world.run_to_idle()
 
 
+class FaultyMachine(EngineMachine):
+    """The same, and at any moment something may begin to go wrong: copies, rows, a card, the context."""
+
+    @rule(
+        copies=st.sampled_from([0.0, 0.1, 0.6]),
+        rows=st.sampled_from([0.0, 0.05]),
+        card=st.sampled_from([None, None, 0, 1]),
+        text=st.sampled_from([Chaos.text, STICKY]),
+    )
+    def go_wrong(self, copies: float, rows: float, card: int | None, text: str) -> None:
+        may_fail = self.world.may_fail
+        Chaos(copies, rows, card, text=text).install(self.world)
+        self.world.may_fail |= may_fail
+
+
 QUICK = settings(
     max_examples=60,
     stateful_step_count=40,
@@ -134,6 +152,16 @@ HUNT = settings(QUICK, max_examples=300, phases=[Phase.generate])
 
 def test_engine_under_random_interleavings() -> None:
     run_state_machine_as_test(EngineMachine, settings=QUICK)
+
+
+def test_engine_with_faults_under_random_interleavings() -> None:
+    run_state_machine_as_test(FaultyMachine, settings=QUICK)
+
+
+@pytest.mark.parametrize("plant", FAULT_PLANTS[:2], ids=lambda plant: plant.__name__)
+def test_a_leak_and_an_early_free_after_a_fault_are_caught(plant) -> None:
+    with plant(), pytest.raises((AssertionError, KeyError, ValueError)):
+        run_state_machine_as_test(FaultyMachine, settings=HUNT)
 
 
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
