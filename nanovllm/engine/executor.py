@@ -91,9 +91,10 @@ class Executor(ABC):
         """Kinds of steps that this card launches kernel by kernel; none if no card has CUDA graphs."""
         return []
 
-    def close(self, limit_s: float = CLOSE_LIMIT_S) -> None:
-        """Stop the workers once they have run what they were given; waits that long, at most. Safe to call twice."""
-        return None  # nothing to stop where there are no workers
+    def close(self, limit_s: float = CLOSE_LIMIT_S) -> bool:
+        """Stop the workers once they have run what they were given; waits that long, at most. Safe to call twice.
+        Whether all have ended."""
+        return True  # nothing to stop where there are no workers
 
 
 def launch_on(runners: Mapping[int, Runner], job: Job, after: Any = None) -> Handle:
@@ -186,12 +187,13 @@ class Worker:
         """Its threads end when everything given so far has run."""
         self._inbox.put(None)
 
-    def join(self, limit_s: float) -> None:
-        """Wait for its threads to end, for so long at most."""
+    def join(self, limit_s: float) -> bool:
+        """Wait for its threads to end, for so long at most. Whether they have."""
         until_s = time.perf_counter() + limit_s
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(max(0.0, until_s - time.perf_counter()))
+        others = [thread for thread in self._threads if thread is not threading.current_thread()]
+        for thread in others:
+            thread.join(max(0.0, until_s - time.perf_counter()))
+        return not any(thread.is_alive() for thread in others)
 
     def _launch_loop(self) -> None:
         while (job := self._inbox.get()) is not None:
@@ -283,10 +285,9 @@ class ThreadedExecutor(Executor):
     def eager_steps(self, card: int) -> list[str]:
         return _eager_steps(self._runners, card)
 
-    def close(self, limit_s: float = CLOSE_LIMIT_S) -> None:
+    def close(self, limit_s: float = CLOSE_LIMIT_S) -> bool:
         workers = *self._cards.values(), *self._lent.values(), *self._links.values()
         until_s = time.perf_counter() + limit_s
         for worker in workers:
             worker.end()
-        for worker in workers:
-            worker.join(max(0.0, until_s - time.perf_counter()))
+        return all([worker.join(max(0.0, until_s - time.perf_counter())) for worker in workers])

@@ -132,7 +132,9 @@ class LLMEngine:
             self._thread.join(limit_s)
         if self._error is None:
             self._die(EngineDeadError("closed"))
-        self.executor.close(limit_s)  # last: it waits for what the cards run now, callers need not
+        if not self.executor.close(limit_s):  # last: it waits for what the cards run now, callers need not
+            self.hung = True
+            logger.warning("closing: a worker has not ended within %g s, and is left behind", limit_s)
         if self._owns_plan:
             self._clear_plan()  # by now at the latest: a loop that was given up as hung has had it till here
             self._forget_rest()

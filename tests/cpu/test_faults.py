@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, EngineDeadError, SamplingParams
+from nanovllm.engine import llm_engine
 from nanovllm.engine.detokenizer import StopWatcher
 from nanovllm.engine.faults import BROKEN_LINK_COPIES, COPY_RETRIES, describe
 from nanovllm.engine.sequence import derive_seed
@@ -296,6 +297,23 @@ def test_a_worker_that_hangs_is_noticed(folder: Path, entry: str) -> None:
         closing = time.monotonic()
         llm.close()
         assert time.monotonic() - closing < ANSWER_LIMIT_S
+    hang.set()
+
+
+def test_closing_does_not_wait_for_a_worker_that_does_not_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor does it ask the card for anything then, which might hang as well."""
+    hang, reached, lane = threading.Event(), threading.Event(), BrokenLane()
+    with make_llm(folder, enable_two_gpu_pd=True) as llm:
+        llm.decode_runner.pipeline = lane  # type: ignore[assignment]
+        stuck = Times(1, steps_of(0), lambda *shard: reached.set() or hang.wait(60))
+        FaultInjector(llm).before = stuck
+        llm.add_request([1, 2, 3], GREEDY)
+        assert reached.wait(20)
+        monkeypatch.setattr(llm_engine, "CLOSE_LIMIT_S", 0.2)
+        llm.close()
+        assert llm._engine.hung and not lane.closed and "a worker has not ended within 0.2 s" in caplog.text
     hang.set()
 
 

@@ -61,7 +61,9 @@ def test_installed_wheel_generates(wheel: Path, tmp_path: Path) -> None:
     assert done.stdout.startswith("generated ")
 
 
-@pytest.mark.parametrize("module", ["nanovllm", "nanovllm.config", "nanovllm.engine.scheduler"])
+@pytest.mark.parametrize(
+    "module", ["nanovllm", "nanovllm.config", "nanovllm.engine.scheduler", "nanovllm.engine.llm_engine"]
+)
 def test_plan_side_imports_no_torch(module: str) -> None:
     heavy = ("torch", "transformers", "numpy", "tokenizers")
     code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
