@@ -181,7 +181,8 @@ class LLM:
         return self._engine.has_unfinished(self._steps)
 
     def stats(self) -> dict[str, Any]:
-        """Now: queue lengths, blocks by card, `lent_sms`: (decode, prompts), `degraded`: why one card goes on alone.
+        """Now: queue lengths, blocks by card, `lent_sms`: (decode, prompts), `degraded`: why one card goes on alone,
+        `lending_failed`: whether SMs were to be lent and are not.
         Since the start: tokens, steps, device seconds, busy share by card, copies, moves, pauses, prompt tokens, cached
         ones, answers by end, latencies, errors by kind, what was tried or prefilled again; the pipeline's own."""
         return _stats(self._engine, self.decode_runner)
@@ -391,7 +392,13 @@ def _metrics_server_class() -> type[MetricsServer]:
 
 
 def _stats(engine: LLMEngine, decode_runner: ModelRunner) -> dict[str, Any]:
-    return engine.stats() | {"pipeline": decode_runner.get_pipeline_statistics(), "lent_sms": decode_runner.lent_sms}
+    """A card that was given up runs nothing any more, and the other one has neither a pipeline nor lent SMs."""
+    lost, pipeline = engine.faults.lost_card, decode_runner.get_pipeline_statistics()
+    if pipeline and lost == len(engine.metrics.cards) - 1:
+        pipeline |= {"mode_running": "sequential", "fallback_cause": engine.faults.cause, "fallbacks": 1}
+    lends = decode_runner.lends and lost is None
+    failed, sms = engine.config.lend_sms is not None and not lends, decode_runner.lent_sms if lends else None
+    return engine.stats() | {"pipeline": pipeline, "lent_sms": sms, "lending_failed": failed}
 
 
 def _start_engine(config: Config, runners: list[ModelRunner]) -> LLMEngine:

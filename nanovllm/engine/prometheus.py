@@ -202,5 +202,6 @@ def _pipeline(stats: Stats) -> Iterator[Metric]:
     yield _gauge("sm_share", "Share of the decode card's SMs that a stage's partition has.", share, labels)
     yield _gauge("sm_busy_fraction", "Share of timed steps for which the partition ran its stages.", busy, labels)
     yield _counter("pipeline_rebalances", "Moves to another split of SMs.", {(): green.get("switches", 0)})
-    fallbacks = {"pipeline": pipeline.get("fallbacks", 0), "one_card": int(stats["degraded"] is not None)}
+    fallbacks = {"pipeline": pipeline.get("fallbacks", 0), "lending": int(stats["lending_failed"])}
+    fallbacks |= {"one_card": int(stats["degraded"] is not None)}
     yield _counter("fallbacks", "What was asked for and could not be had, and what runs instead.", fallbacks, ("kind",))

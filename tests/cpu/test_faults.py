@@ -213,6 +213,20 @@ def test_a_card_that_goes_on_without_graphs_says_so(
         assert llm.stats()["degraded"] == told and told in caplog.text
 
 
+def test_what_a_lost_card_did_is_not_said_to_run(folder: Path, expected: list[list[int]]) -> None:
+    """Its pipeline and the SMs that it lent: the card that goes on has neither."""
+    running: dict[str, Any] = {"mode_running": "auto", "fallback_cause": None, "fallbacks": 0}
+    with make_llm(folder, enable_two_gpu_pd=True, lend_sms=(60, 72)) as llm:
+        llm.decode_runner.get_pipeline_statistics = running.copy  # type: ignore[method-assign]
+        before = llm.stats()
+        assert before["pipeline"] == running and not before["lending_failed"]
+        FaultInjector(llm).before = Times(1, steps_of(1), fails(RuntimeError("a bug")))
+        assert tokens_of(llm) == expected
+        stats = llm.stats()
+        told = {"mode_running": "sequential", "fallback_cause": stats["degraded"], "fallbacks": 1}
+        assert stats["pipeline"] == told and stats["lending_failed"]
+
+
 def test_a_second_failure_ends_the_engine(llm: LLM) -> None:
     first, second = (Times(1, steps_of(card), fails(RuntimeError("a bug"))) for card in (0, 1))
 

@@ -132,6 +132,7 @@ def test_every_name_is_there_with_the_numbers_of_stats(options: dict[str, Any]) 
         assert page["copy_gigabytes_per_second", "1", "0"] == pytest.approx(rate)
     asked = "enable_decode_pipeline" in options
     assert page["fallbacks_total", "pipeline"] == asked  # a CPU has no partitions
+    assert page["fallbacks_total", "lending"] == 0
     assert page["fallbacks_total", "one_card"] == page["copy_retries_total",] == page["num_prefilled_again_total",] == 0
     assert {mode: page["pipeline_mode", mode] for mode in MODES} == {
         mode: mode == ("sequential" if asked else "disabled") for mode in MODES
@@ -163,6 +164,13 @@ def test_a_running_pipeline(idle_stats: dict[str, Any]) -> None:
     assert (page["sm_busy_fraction", "attention"], page["sm_busy_fraction", "ffn"]) == (0.7, 0.9)
     assert (page["stage_latency_seconds", "attention"], page["stage_latency_seconds", "ffn"]) == (0.0025, 0.005)
     assert page["pipeline_rebalances_total",] == 3 and page["pipeline_mode", "auto"] == 1
+
+
+def test_sms_that_could_not_be_lent_are_a_fallback(tmp_path: Path) -> None:
+    with make_llm(write_config(tmp_path), **TWO, lend_sms=(60, 72)) as llm:
+        for lends in (True, False):
+            llm.decode_runner.lends = lends
+            assert page_of(llm.stats())["fallbacks_total", "lending"] == (not lends)
 
 
 def test_a_split_of_an_engine(driver: FakeDriver) -> None:
