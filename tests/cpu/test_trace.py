@@ -64,7 +64,45 @@ def run(llm: LLM) -> None:
 
 
 def load(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text())["traceEvents"]
+    """A file's events, once they are found to be what the format asks for."""
+    content = json.loads(path.read_text(), parse_constant=not_json)
+    assert content["displayTimeUnit"] in ("ms", "ns") and set(content) <= FILE_KEYS
+    for event in content["traceEvents"]:
+        check_event(event)
+    return content["traceEvents"]
+
+
+FILE_KEYS = {"traceEvents", "displayTimeUnit", "otherData"}
+NUMBER = (int, float)
+PLACE = {"name": str, "ph": str, "pid": int, "tid": int}
+# By phase: what an event of Google's "Trace Event Format" must have, of which type.
+PHASES: dict[str, dict[str, Any]] = {
+    "M": {"name": str, "pid": int, "args": dict},
+    "X": PLACE | {"cat": str, "ts": NUMBER, "dur": NUMBER, "args": dict},
+    **dict.fromkeys("stf", PLACE | {"cat": str, "ts": NUMBER, "id": int, "bp": str}),
+}
+
+
+def not_json(constant: str) -> None:
+    raise AssertionError(f"{constant} in a file that viewers parse as JSON")
+
+
+def check_event(event: dict[str, Any]) -> None:
+    """One event of the format; times are microseconds from the trace's begin on."""
+    for key, kind in PHASES[event["ph"]].items():
+        assert isinstance(event.get(key), kind) and not isinstance(event[key], bool), (key, event)
+    assert event.get("ts", 0) >= 0 and event.get("dur", 0) >= 0 and event.get("bp", "e") == "e", event
+    if event["ph"] == "M":
+        assert event["name"] in ("process_name", "thread_name") and isinstance(event["args"]["name"], str), event
+        assert ("tid" in event) == (event["name"] == "thread_name"), event
+
+
+@pytest.mark.parametrize("change", [{"ph": "Z"}, {"ts": None}, {"dur": -1.0}, {"tid": "1"}, {"args": []}, {"cat": 3}])
+def test_what_is_no_event_is_found(change: dict[str, Any]) -> None:
+    event = {"ph": "X", "name": "decode", "cat": "decode", "pid": 2, "tid": 21, "ts": 0.0, "dur": 1.0, "args": {}}
+    check_event(event)
+    with pytest.raises((AssertionError, KeyError)):
+        check_event(event | change)
 
 
 def spans(events: list[dict[str, Any]], lane: str | None = None, card: int | None = None) -> list[dict[str, Any]]:
