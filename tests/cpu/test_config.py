@@ -247,14 +247,16 @@ def test_one_card_prefills_and_decodes(tmp_path: Path) -> None:
         assert llm.prefill_runner is llm.decode_runner and llm.prefill_runner.device_id == 3
 
 
-def test_pools_on_the_cpu_are_bounded(tmp_path: Path) -> None:
+def test_pools_on_the_cpu_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"num_kvcache_blocks": None, "max_num_seqs": 4, "max_num_batched_tokens": 1024}
     with make_llm(write_config(tmp_path), **sizes) as llm:
+        engine, take = llm._engine, llm._engine._take_inbox
+        monkeypatch.setattr(engine, "_take_inbox", lambda: take() if len(engine._inbox) == 4 else 0)  # all at once
         ahead = llm.config.steps_ahead
         assert llm.prefill_runner.kv_cache.num_blocks == 4 * (256 // 16 + 1) + ahead  # no more than they can use
         prompts = [[i + 1] * 250 for i in range(4)]
         answers = llm.generate(prompts, SamplingParams(max_tokens=6, ignore_eos=True))
-        assert llm.stats()["card0"]["decode_steps"] == 5, "all at once, though each is as long as it may be"
+        assert llm.stats()["card0"]["decode_steps"] == 5, "side by side, though each is as long as it may be"
         assert all(len(answer.outputs[0].token_ids) == 6 for answer in answers)
     large = load_model_config(write_config(tmp_path, num_hidden_layers=28, num_key_value_heads=2, head_dim=128))
     model: Any = SimpleNamespace(dtype=torch.float32)
