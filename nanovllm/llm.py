@@ -20,7 +20,7 @@ from nanovllm import IMPORT_STARTED_S
 from nanovllm.admission import Limits, Prompt, as_params, as_prompts, check_request, check_token_ids
 from nanovllm.config import Config
 from nanovllm.engine.cards import STARTUP_PARTS, build_runners, resolve_devices, timed
-from nanovllm.engine.detokenizer import IncrementalDetokenizer, StopWatcher
+from nanovllm.engine.detokenizer import StopWatcher
 from nanovllm.engine.executor import InlineExecutor, ThreadedExecutor
 from nanovllm.engine.interpreter import collect_all_again, keep_pauses_short
 from nanovllm.engine.llm_engine import EngineDeadError, LLMEngine, OutputQueue
@@ -28,6 +28,7 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Request
 from nanovllm.engine.trace import record_trace
+from nanovllm.increments import Increment
 from nanovllm.models.loader import resolve_model
 from nanovllm.models.model_config import load_model_config
 from nanovllm.outputs import RequestOutput, StreamOutput
@@ -301,7 +302,7 @@ class LLM:
                 self._engine.abort(request.request_id)
 
     def _increments(self, request: Request, queue: OutputQueue) -> Iterator[StreamOutput]:
-        pieces = [_Increment(index, self._decoder(request.params)) for index in range(request.params.n)]
+        pieces = [Increment(index, self._decoder(request.params)) for index in range(request.params.n)]
         try:
             yield StreamOutput("", [])  # taken by `stream`
             finished = False
@@ -329,39 +330,6 @@ def _check_arrival(arrived_s: Any) -> None:
 
 def _is_conversation(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(message, Mapping) for message in value)
-
-
-class _Increment:
-    """What of one answer has been yielded already. Text that a stop string may still cut is held back."""
-
-    def __init__(self, index: int, decode: Any) -> None:
-        self._index = index
-        self._num_tokens = 0
-        self._text = ""
-        self._detokenizer = IncrementalDetokenizer(decode)
-        self._ended = False
-
-    def of(self, completion: Any, with_text: bool) -> Iterator[StreamOutput]:
-        ids = completion.tokens_from(self._num_tokens)
-        ended = completion.finish_reason is not None
-        if self._ended or not (ids or ended):
-            return
-        self._num_tokens += len(ids)
-        self._ended = ended
-        text = self._piece(completion, ids) if with_text else ""
-        yield StreamOutput(text, ids, self._index, completion.finish_reason, completion.error)
-
-    def _piece(self, completion: Any, ids: list[int]) -> str:
-        if completion.finish_reason is not None:
-            return completion.text[len(self._text) :]
-        params = completion.params
-        piece = self._detokenizer.push(ids)
-        if params.stop:  # stored as a tuple
-            held = max(map(len, params.stop)) - 1
-            certain = self._detokenizer.text[: max(0, len(self._detokenizer.text) - held)]
-            piece = certain[len(self._text) :]
-        self._text += piece
-        return piece
 
 
 class _Rates:

@@ -7,24 +7,23 @@ Without, whoever waits for an output runs it, in the same order, with nothing in
 from __future__ import annotations
 
 import logging
-import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from itertools import groupby
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.config import Config
 from nanovllm.engine.executor import CLOSE_LIMIT_S, Executor, Job, link_name
 from nanovllm.engine.faults import Faults, Verdict, describe, is_sticky, let_go_of_frames
+from nanovllm.engine.interpreter import interrupts_held
 from nanovllm.engine.metrics import EngineMetrics
 from nanovllm.engine.output_queue import EngineDeadError, OutputQueue
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Request, Sequence, append_sampled
 from nanovllm.engine.shards import NO_TOKEN
+from nanovllm.engine.stopping import stop_of
 from nanovllm.engine.watchdog import Watchdog
 
 if TYPE_CHECKING:  # it imports torch
@@ -111,7 +110,7 @@ class LLMEngine:
             self._die(TimeoutError(f"the engine loop has not gone round for {self.config.hang_limit_s:g} s"))
 
     def _drive(self) -> None:
-        with self._lock, _interrupts_held():
+        with self._lock, interrupts_held():
             if self._error is None:
                 try:
                     if self._closing:
@@ -390,42 +389,3 @@ class LLMEngine:
             "copy_retries": self.faults.copy_retries,
             "degraded": self.faults.cause,
         }
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C in the middle of a step would leave the plan half made: it takes effect when the step has ended."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    held: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda *call: held.append(call))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if held:
-        handler(*held[-1])
-
-
-def stop_of(sequence: Sequence) -> tuple[str | None, int | str | None]:
-    """(finish reason, stop reason) of a sequence that just grew, (None, None) if it goes on; vLLM's order of checks."""
-    request, params, token = sequence.request, sequence.request.params, sequence.tokens[-1]
-    past_minimum = sequence.num_output_tokens >= params.min_tokens
-    if past_minimum and token in request.eos_token_ids:
-        return _by_id(sequence, token, None)
-    if past_minimum and token in request.stop_token_ids:
-        return _by_id(sequence, token, token)
-    if sequence.watcher is not None:
-        # The text of the first min_tokens tokens may contain a stop string, what comes after may not.
-        found = sequence.watcher.push(token, search=sequence.num_output_tokens > params.min_tokens)
-        if found is not None:
-            return "stop", found
-    return ("length", None) if sequence.num_output_tokens >= request.max_tokens else (None, None)
-
-
-def _by_id(sequence: Sequence, token: int, stop_reason: int | None) -> tuple[str, int | None]:
-    if sequence.watcher is not None and sequence.request.params.include_stop_str_in_output:
-        sequence.watcher.push(token, search=False)
-    return "stop", stop_reason
