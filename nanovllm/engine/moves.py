@@ -56,7 +56,7 @@ class Moves:
         sequence.lease.release()
         sequence.lease, sequence.num_kv_tokens = None, 0
         sequence.move_to(State.WAITING)
-        plan._wait(PrefillGroup([sequence]))
+        plan.placement.wait(PrefillGroup([sequence]))
         plan.counts["recomputes"] += 1
 
     def _evacuate(self, sequence: Sequence) -> bool:

@@ -30,7 +30,7 @@ class Recovery:
     def prefill_again(self, sequence: Sequence) -> None:
         """It holds nothing any more, and waits in its place by arrival."""
         self._let_go(sequence)
-        self._plan._wait(PrefillGroup([sequence]))
+        self._plan.placement.wait(PrefillGroup([sequence]))
 
     def give_up(self, group: PrefillGroup) -> None:
         """A prompt whose blocks do not arrive is prefilled again, by what has not ended of it."""
@@ -47,7 +47,7 @@ class Recovery:
         # Siblings that have sampled, or are about to, share no first token any more.
         together = not any(sequence.num_planned_outputs for sequence in members)
         for sequences in [members] if together and members else [[sequence] for sequence in members]:
-            self._plan._wait(PrefillGroup(sequences))
+            self._plan.placement.wait(PrefillGroup(sequences))
 
     def _let_go(self, sequence: Sequence) -> None:
         self._plan._leave_queue(sequence)

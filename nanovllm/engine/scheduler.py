@@ -4,15 +4,13 @@
 sampled tokens; `finish()` is the one place where a sequence ends, whatever the reason.
 
 Roles. One card prefills and decodes, chunks and decode rows in one step under a token budget. Of two, card 0 prefills
-and card 1 decodes; with strict roles that is all. With elastic ones card 1 also takes a prompt, in chunks that its
-steps have room for or (`lends`) on SMs that they leave, while prompts queue on card 0; what card 1 has no room for is
-kept on card 0, which decodes it and hands it off when prompts queue and card 1 has room; and a card 0 without prompts
-takes over part of a large batch.
+and card 1 decodes; with strict roles that is all. With elastic ones both cards may do both: `Placement` says where a
+prompt goes, `Moves` who leaves the card it decodes on. Card 1 then prefills in chunks that its steps have room for, or
+(`lends`) on SMs that they leave.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter, deque
 from collections.abc import Iterator
 from functools import partial
@@ -24,6 +22,7 @@ from nanovllm.engine.decode_batch import DecodeBatch, DecodePlan
 from nanovllm.engine.handoff import Handoff
 from nanovllm.engine.moves import Moves
 from nanovllm.engine.pace import Pace
+from nanovllm.engine.placement import Placement
 from nanovllm.engine.recovery import Recovery
 from nanovllm.engine.request_states import State
 from nanovllm.engine.sequence import PrefillGroup, Request, Sequence, Timeline
@@ -40,8 +39,6 @@ from nanovllm.engine.step_sizes import HELP_ALONE_TOKENS, LENT_TOKENS, MAX_SEQUE
 from nanovllm.engine.stopwatch import Stopwatch
 
 PREFILL_STEPS_IN_FLIGHT = 2  # one computes, one waits in the card's queue: the host never starves the card
-KEEP_AFTER_S = 0.5  # for which a sequence that has begun to answer would wait for a slot of the decode card
-HELP_AFTER_S = 0.03  # of prefill work waiting for card 0, before the decode card takes a prompt
 LIVES_TO_DECODE = frozenset({State.PREFILLING, State.COPYING, State.READY, State.DECODING, State.RETURNING})
 
 
@@ -86,6 +83,7 @@ class Scheduler:
         self.back_pressure = Stopwatch()  # runs while prompts wait for it
         self.counts: Counter[str] = Counter()
         self.cards = tuple(self.managers)  # that are used
+        self.placement = Placement(self)
         self.moves = Moves(self)
         self.recovery = Recovery(self)
 
@@ -97,11 +95,7 @@ class Scheduler:
     # -- in
 
     def add(self, request: Request) -> None:
-        self._wait(PrefillGroup(request.sequences))
-
-    def _wait(self, group: PrefillGroup) -> None:
-        self.num_waiting_tokens += group.num_tokens
-        heapq.heappush(self.waiting, (group.order, group))
+        self.placement.wait(PrefillGroup(request.sequences))
 
     # -- what to launch
 
@@ -151,7 +145,7 @@ class Scheduler:
     def ready_for_prefill(self, card: int, lent: bool = False) -> list[tuple[PrefillGroup, int]]:
         """The next chunks of a card: (group, tokens). Prompts already begun first, then new ones in arrival order.
         lent: for a lent step."""
-        if len(self.launched_prefills[card]) >= PREFILL_STEPS_IN_FLIGHT:
+        if self.has_prefills_ahead(card):
             return []
         budget_tokens, budget_rows = self._budget_tokens(card, lent), self.config.max_num_seqs
         chosen: list[tuple[PrefillGroup, int]] = []
@@ -167,6 +161,10 @@ class Scheduler:
             if budget_tokens == 0:
                 break
         return chosen
+
+    def has_prefills_ahead(self, card: int) -> bool:
+        """Whether as many steps with prompts are in flight there as may be."""
+        return len(self.launched_prefills[card]) >= PREFILL_STEPS_IN_FLIGHT
 
     def _budget_tokens(self, card: int, lent: bool) -> int:
         """Prompt tokens that the next step of a card may compute; 0: its rows may not be launched now, or it is the
@@ -187,82 +185,7 @@ class Scheduler:
         elsewhere = {group for step, chunks in steps if (step in self.lent_steps) != lent for group, _ in chunks}
         begun = [group for group in self.prefilling[card] if group.num_launched_tokens < group.num_tokens]
         yield from [group for group in begun if group not in elsewhere]
-        while (group := self._next_waiting()) is not None:
-            if self.evacuated or any(sequence.num_in_flight for sequence in group.sequences):
-                return  # those that were moved away come first; of a preempted one, the last tokens are not known yet
-            if not (self._place(group) if card == self.prefill_card else self._help(group)):
-                return
-            heapq.heappop(self.waiting)
-            self.num_waiting_tokens -= group.num_tokens
-            self._admitted(group)
-            yield group
-
-    def _next_waiting(self) -> PrefillGroup | None:
-        while self.waiting and not self.waiting[0][1].members:
-            _, aborted = heapq.heappop(self.waiting)
-            self.num_waiting_tokens -= aborted.num_tokens
-        if not self.waiting:
-            return None
-        group = self.waiting[0][1]
-        return group if len(group.leader.tokens) == group.num_tokens else self._refreshed(group)
-
-    def _refreshed(self, group: PrefillGroup) -> PrefillGroup:
-        """A preempted sequence whose last launched tokens arrived while it waited."""
-        fresh = PrefillGroup(group.sequences)
-        self.num_waiting_tokens += fresh.num_tokens - group.num_tokens
-        heapq.heapreplace(self.waiting, (fresh.order, fresh))
-        return fresh
-
-    # -- where a prompt goes
-
-    def _place(self, group: PrefillGroup) -> bool:
-        """Card 0 prefills it: for the decode card while that has room, else, with elastic roles, for itself. A slot
-        that is free soon is worth waiting for: there its steps are shared by more."""
-        main, may_admit = self.main_batch, self._may_admit()
-        own = self.batches.get(self.prefill_card, main)
-        keeps = own is not main and self._has_slots(own, group)
-        waits = keeps and not self._has_slots(main, group)
-        if waits and main.steps_until_slots(len(group.sequences)) > self.pace.steps_in(KEEP_AFTER_S):
-            if self._admit(group, self.prefill_card, own):
-                return True
-        if may_admit and self._admit(group, self.prefill_card, main):
-            return True
-        return keeps and self._admit(group, self.prefill_card, own)
-
-    def _help(self, group: PrefillGroup) -> bool:
-        """The decode card takes a prompt that would wait on card 0, unless that holds much of it already."""
-        main, other = self.main_batch, self.prefill_card
-        if not self.elastic or len(self.launched_prefills[other]) < PREFILL_STEPS_IN_FLIGHT:
-            return False
-        if self.pace.seconds_of(self.num_waiting_tokens) < HELP_AFTER_S or not self._has_slots(main, group):
-            return False
-        rows = main.num_rows
-        if not (self.pace.keeps_slo_lending(rows) if self.lends else self.pace.keeps_slo(main.card, rows)):
-            return False  # for a prompt once begun it is no limit: others may wait for its blocks
-        if 2 * self.handoff.num_cached_tokens(group) > group.num_tokens or not self._admit(group, main.card, main):
-            return False
-        self.counts["helped"] += 1
-        return True
-
-    def _admit(self, group: PrefillGroup, prefill_card: int, batch: DecodeBatch) -> bool:
-        return self.handoff.admit(group, prefill_card, batch.card, batch.reserve_blocks)
-
-    def _has_slots(self, batch: DecodeBatch, group: PrefillGroup) -> bool:
-        """Room among those that live there; a group of more than all slots needs an empty card."""
-        return batch.num_living == 0 or batch.num_living + len(group.sequences) <= self.config.max_num_seqs
-
-    def _admitted(self, group: PrefillGroup) -> None:
-        request = group.leader.request
-        if request.timeline.admitted is None:
-            request.timeline.mark("admitted")
-            request.num_cached_tokens = group.num_launched_tokens
-            self.counts["prompt_tokens"] += group.num_tokens
-            self.counts["cached_tokens"] += group.num_launched_tokens
-        for sequence in group.sequences:
-            sequence.card = group.decode_card
-            sequence.move_to(State.PREFILLING)
-        self.batches[group.decode_card].num_living += len(group.sequences)
-        self.prefilling[group.prefill_card].append(group)
+        yield from self.placement.begin(card)
 
     def _launch_prefill(
         self, card: int, step: int, chosen: list[tuple[PrefillGroup, int]], lent: bool = False
@@ -284,26 +207,6 @@ class Scheduler:
                 sequence.num_in_flight += 1
                 sequence.num_kv_tokens = end
         return PrefillChunk(leader.tokens[start:end], start, tuple(table), rows)
-
-    # -- back-pressure
-
-    def _may_admit(self) -> bool:
-        """Back-pressure: prefill pauses at the high mark of the decode backlog and resumes at the low one."""
-        backlog = self.backlog
-        if backlog >= self.config.backlog_high and not self.paused:
-            self.paused = True
-            self.counts["pauses"] += 1
-        elif backlog <= self.config.backlog_low:
-            self.paused = False
-        return not self.paused
-
-    @property
-    def backlog(self) -> int:
-        """Sequences that have left the decode card, and those that will find no free slot there."""
-        moving = len(self.evacuating) + len(self.evacuated) + len(self.returning)
-        main = self.main_batch
-        entering = main.num_living - len(main.running) - len(self.returning)
-        return moving + max(0, entering - len(main.free_slots))
 
     # -- what came back
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nanovllm import DEMO_MODEL, LLM
-from nanovllm.engine import moves, scheduler
+from nanovllm.engine import moves, placement
 from tests.random_work import TINY, Answer, Work, answers, check_nothing_left, check_same
 
 
@@ -38,7 +38,7 @@ def test_same_tokens_in_every_mode(
     if roles is not None:
         cards = {"num_kvcache_blocks": (14, 18), "pd_roles": roles.split(",")[0]}
     if roles == "elastic, lending":
-        monkeypatch.setattr(scheduler, "HELP_AFTER_S", 0.0)
+        monkeypatch.setattr(placement, "HELP_AFTER_S", 0.0)
         cards["lend_sms"] = (60, 72)
     with LLM(DEMO_MODEL, device="cpu", enable_two_gpu_pd=bool(roles), overlap=overlap, **cards, **TINY) as llm:
         got = answers(llm, work, abort_seed=1)

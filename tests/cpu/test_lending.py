@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 
 from nanovllm.config import Config
-from nanovllm.engine import pace, scheduler
+from nanovllm.engine import pace, placement
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.executor import ThreadedExecutor
 from nanovllm.engine.pace import Pace
@@ -29,7 +29,7 @@ from tests.sim.world import lending_world, run_random
 
 @pytest.fixture(autouse=True)
 def help_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "HELP_AFTER_S", 0.0)
+    monkeypatch.setattr(placement, "HELP_AFTER_S", 0.0)
 
 
 # -- the configuration

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from nanovllm.engine import moves
+from nanovllm.engine import moves, placement
 from nanovllm.engine import pace as pacing
-from nanovllm.engine import scheduler as scheduling
 from nanovllm.engine.pace import Pace
 from nanovllm.engine.request_states import State
 from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillShard, Shard
@@ -143,7 +142,7 @@ def test_beyond_the_slo_the_decode_card_takes_no_prompt_but_goes_on_with_one(mon
     slo_plan(monkeypatch, plan, decode_s=0.004)
     for _ in range(4):
         plan.add(16)
-    monkeypatch.setattr(scheduling, "HELP_AFTER_S", 0.0)
+    monkeypatch.setattr(placement, "HELP_AFTER_S", 0.0)
     plan.launch_all(Shard)
     helped = plan.scheduler.prefilling[1][0].leader
     slo_plan(monkeypatch, plan, decode_s=0.008)

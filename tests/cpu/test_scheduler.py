@@ -367,7 +367,7 @@ def test_the_backlog_counts_sequences_that_had_to_leave() -> None:
     for state in (State.EVACUATING, State.EVACUATED, State.RETURNING):
         plan.run(PrefillShard, DecodeShard, CopyShard, until=lambda state=state: state in plan.states())
         away = [plan.count(each) for each in (State.EVACUATING, State.EVACUATED, State.RETURNING)]
-        assert plan.scheduler.backlog == sum(away) > 0
+        assert plan.scheduler.placement.backlog == sum(away) > 0
     plan.drain()
 
 

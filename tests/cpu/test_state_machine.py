@@ -23,8 +23,8 @@ from hypothesis.stateful import (
 from nanovllm.engine import moves, pace, step_sizes
 from nanovllm.engine.moves import Moves
 from nanovllm.engine.pace import Pace
+from nanovllm.engine.placement import HELP_AFTER_S, Placement
 from nanovllm.engine.request_states import State
-from nanovllm.engine.scheduler import HELP_AFTER_S, Scheduler
 from nanovllm.sampling_params import SamplingParams
 from tests.cpu.test_fault_worlds import PLANTS as FAULT_PLANTS
 from tests.cpu.test_fault_worlds import STICKY
@@ -205,7 +205,7 @@ def reached(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         monkeypatch.setattr(owner, name, noted)
 
     note(Moves, "_take_over", lambda _, state, taken: f"take over {state.name if state else None}: {taken}")
-    note(Scheduler, "_help", lambda plan, _, helped: f"help, seconds known {plan.pace.token_s > 0}: {helped}")
+    note(Placement, "_help", lambda place, _, helped: f"help, seconds known {place._plan.pace.token_s > 0}: {helped}")
     note(Pace, "seconds_of", lambda _, __, seconds: f"queue long enough: {HELP_AFTER_S <= seconds < math.inf}")
     note(Pace, "keeps_slo", lambda _, __, kept: f"slo kept: {kept}")
     note(Pace, "lacks_measurement", lambda _, __, lacks: f"without prompts now: {lacks}")

@@ -13,7 +13,8 @@ pytest.importorskip("cuda.bindings.driver", reason="needs cuda-python", exc_type
 
 from bench import write_shape  # noqa: E402
 from nanovllm import DEMO_MODEL, LLM, SamplingParams  # noqa: E402
-from nanovllm.engine import scheduler  # noqa: E402
+from nanovllm.engine import placement  # noqa: E402
+from nanovllm.engine.scheduler import Scheduler  # noqa: E402
 from tests.counters import compiles, graph_calls  # noqa: E402
 from tests.random_work import TINY, Work, answers, check_nothing_left, check_same  # noqa: E402
 from tests.regret import BFLOAT16, Reference, release_gpu_memory  # noqa: E402
@@ -24,7 +25,7 @@ NUM_PROMPTS, LONGEST_PROMPT = 120, 900
 @pytest.fixture(autouse=True)
 def help_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo checkpoint's prompts never wait for long."""
-    monkeypatch.setattr(scheduler, "HELP_AFTER_S", 0.0)
+    monkeypatch.setattr(placement, "HELP_AFTER_S", 0.0)
 
 
 @pytest.mark.parametrize("seed", [11, 12])
@@ -62,13 +63,13 @@ def test_bfloat16_serves_at_full_size(caplog: pytest.LogCaptureFixture) -> None:
 def lent_requests(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Ids of the requests of which a part of the prompt was computed on lent SMs, as time goes on."""
     ids: set[str] = set()
-    launch_prefill = scheduler.Scheduler._launch_prefill
+    launch_prefill = Scheduler._launch_prefill
 
     def noting(self: Any, card: int, step: int, chosen: Any, lent: bool = False) -> Any:
         ids.update(group.leader.request.request_id for group, _ in chosen if lent)
         return launch_prefill(self, card, step, chosen, lent)
 
-    monkeypatch.setattr(scheduler.Scheduler, "_launch_prefill", noting)
+    monkeypatch.setattr(Scheduler, "_launch_prefill", noting)
     return ids
 
 
