@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from enum import Enum
 
 from nanovllm.engine.executor import Job
@@ -89,12 +90,7 @@ def is_sticky(error: BaseException | None) -> bool:
     CUDA context unusable. What caused the error is looked at, too."""
     if not isinstance(error, Exception):
         return error is not None
-    link: BaseException | None = error
-    while link is not None:
-        if _breaks_context(link):
-            return True
-        link = link.__cause__ or link.__context__
-    return False
+    return any(_breaks_context(link) for link in _chain(error))
 
 
 def _breaks_context(error: BaseException) -> bool:
@@ -104,13 +100,21 @@ def _breaks_context(error: BaseException) -> bool:
     return "AcceleratorError" in names or any(words in text for words in STICKY)
 
 
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what caused it, and so on; each once, since nothing keeps a chain from coming round."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def let_go_of_frames(error: BaseException | None) -> None:
     """What calls that failed had in their hands, tensors above all. Else it would live as long as their job, and a card
     that is given up gets no job after its last one. Not for errors of the context: there freeing memory fails, too, and
     torch may end the process for it."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+    for link in _chain(error):
+        traceback.clear_frames(link.__traceback__)
 
 
 def describe(error: BaseException) -> str:

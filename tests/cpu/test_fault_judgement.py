@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from nanovllm.engine.executor import Job
-from nanovllm.engine.faults import BROKEN_LINK_COPIES, COPY_RETRIES, Faults, Verdict, describe, is_sticky
+from nanovllm.engine.faults import (
+    BROKEN_LINK_COPIES,
+    COPY_RETRIES,
+    Faults,
+    Verdict,
+    describe,
+    is_sticky,
+    let_go_of_frames,
+)
 from nanovllm.engine.shards import CopyShard, PrefillShard
 from tests.faults import ILLEGAL_ACCESS
 
@@ -87,3 +95,12 @@ def test_sticky_errors(error: BaseException, sticky: bool) -> None:
 def test_an_error_is_one_line_of_bounded_length() -> None:
     assert describe(ValueError("a\n  b\n")) == "ValueError: a b"
     assert len(describe(ValueError("x" * 9999))) == 500
+
+
+def test_errors_that_cause_each_other_are_looked_at_once_each() -> None:
+    first, second = RuntimeError("first"), RuntimeError("CUDA error: an illegal memory access was encountered")
+    first.__cause__, second.__context__ = second, first
+    assert is_sticky(first) and is_sticky(second)
+    second.args = ("second",)
+    assert not is_sticky(first)
+    let_go_of_frames(first)
