@@ -21,7 +21,6 @@ from nanovllm.engine.shards import CopyShard, DecodeShard, MixedShard, PrefillSh
 from nanovllm.engine.watchdog import Progress
 
 CLOSE_LIMIT_S = 60.0  # for all workers together
-GRAPHS = {"prefill": "prefill_graphs", "decode": "graphs", "mixed": "mixed_graphs"}  # of a runner, by kind of step
 
 
 class Handle(Protocol):
@@ -33,7 +32,11 @@ class Handle(Protocol):
 
 
 class Runner(Protocol):
-    """One card, as executors see it."""
+    """One card, as executors see it. Its graphs, by kind of step: None where there are none."""
+
+    prefill_graphs: Any
+    graphs: Any
+    mixed_graphs: Any
 
     def run_prefill(self, shard: PrefillShard) -> Handle: ...
     def run_decode_core(self, shard: DecodeShard) -> Handle: ...
@@ -65,9 +68,10 @@ class Job:
 
 class Executor(ABC):
     """Runs shards of one card in launch order, but lent ones beside the others, in launch order among themselves; a
-    copy not before its `after_step`; everything else in any order."""
+    copy not before its `after_step`; everything else in any order. `runners`: by card, where it has any."""
 
-    def __init__(self) -> None:
+    def __init__(self, runners: Mapping[int, Runner] | None = None) -> None:
+        self._runners = runners or {}
         self._completed: deque[Job] = deque()
         self.num_in_flight = 0
 
@@ -89,7 +93,10 @@ class Executor(ABC):
 
     def eager_steps(self, card: int) -> list[str]:
         """Kinds of steps that this card launches kernel by kernel; none if no card has CUDA graphs."""
-        return []
+        graphs = {number: (one.prefill_graphs, one.graphs, one.mixed_graphs) for number, one in self._runners.items()}
+        if all(each is None for of_card in graphs.values() for each in of_card):
+            return []
+        return [kind for kind, each in zip(("prefill", "decode", "mixed"), graphs[card], strict=True) if each is None]
 
     def close(self, limit_s: float = CLOSE_LIMIT_S) -> bool:
         """Stop the workers once they have run what they were given; waits that long, at most. Safe to call twice.
@@ -120,14 +127,6 @@ def link_name(card: int) -> str:
     return f"copies from card {card}"
 
 
-def _eager_steps(runners: Mapping[int, Runner], card: int) -> list[str]:
-    """As `Executor.eager_steps`."""
-    graphs = {kind: [getattr(runner, name, None) for runner in runners.values()] for kind, name in GRAPHS.items()}
-    if not any(each is not None for of_kind in graphs.values() for each in of_kind):
-        return []
-    return [kind for kind, name in GRAPHS.items() if getattr(runners[card], name, None) is None]
-
-
 def _measure(job: Job, before: Job | None = None) -> None:
     """Device seconds of a completed job, as its handle measured them; else it ran inside its launch."""
     if before is not None and (idle_since := getattr(job.handle, "idle_since", None)) is not None:
@@ -140,10 +139,6 @@ def _measure(job: Job, before: Job | None = None) -> None:
 class InlineExecutor(Executor):
     """Launch and wait, in the caller's thread."""
 
-    def __init__(self, runners: Mapping[int, Runner]) -> None:
-        super().__init__()
-        self._runners = runners
-
     def launch(self, shard: Shard) -> None:
         self.num_in_flight += 1
         job = Job(shard)
@@ -154,9 +149,6 @@ class InlineExecutor(Executor):
         except Exception as error:
             job.error = error
         self._completed.append(job)
-
-    def eager_steps(self, card: int) -> list[str]:
-        return _eager_steps(self._runners, card)
 
 
 class Worker:
@@ -230,8 +222,7 @@ class ThreadedExecutor(Executor):
     """
 
     def __init__(self, runners: Mapping[int, Runner], notify: Callable[[], None]) -> None:
-        super().__init__()
-        self._runners = runners
+        super().__init__(runners)
         self._notify = notify
         self._steps: dict[int, deque[tuple[int, Job]]] = {card: deque() for card in runners}
         launch_step = partial(launch_on, runners)
@@ -281,9 +272,6 @@ class ThreadedExecutor(Executor):
         lent = {f"lent steps of card {card}": worker.progress for card, worker in self._lent.items()}
         links = {link_name(card): worker.progress for card, worker in self._links.items()}
         return cards | lent | links
-
-    def eager_steps(self, card: int) -> list[str]:
-        return _eager_steps(self._runners, card)
 
     def close(self, limit_s: float = CLOSE_LIMIT_S) -> bool:
         workers = *self._cards.values(), *self._lent.values(), *self._links.values()
