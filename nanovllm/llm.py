@@ -362,8 +362,10 @@ def _metrics_server_class() -> type[MetricsServer]:
 def _stats(engine: LLMEngine, decode_runner: ModelRunner) -> dict[str, Any]:
     """A card that was given up runs nothing any more, and the other one has neither a pipeline nor lent SMs."""
     lost, pipeline = engine.faults.lost_card, decode_runner.get_pipeline_statistics()
-    if pipeline and lost == len(engine.metrics.cards) - 1:
+    decode_card = len(engine.metrics.cards) - 1  # at the start; the scheduler's is the one that goes on
+    if pipeline and lost == decode_card:
         pipeline |= {"mode_running": "sequential", "fallback_cause": engine.faults.cause, "fallbacks": 1}
+        pipeline |= {"attention_sm": 0, "ffn_sm": 0, "green": {}}
     lends = decode_runner.lends and lost is None
     failed, sms = engine.config.lend_sms is not None and not lends, decode_runner.lent_sms if lends else None
     return engine.stats() | {"pipeline": pipeline, "lent_sms": sms, "lending_failed": failed}
