@@ -12,7 +12,7 @@ PREFILL_STEP_S = 0.12  # of it, but for the smallest: what card 0 has launched, 
 MEASURED_TOKENS = 512  # a prefill step of fewer says little about many
 WEIGHT = 0.2  # of a new measurement in a moving average
 LENT_STRETCH = 2.0  # of a decode step that lends about half of its SMs, before it was measured
-MIXED_IN_A_ROW = 32  # steps of a card; then one goes without prompts, so that twice of what it takes is measured
+MIXED_IN_A_ROW = 32  # steps of a card; then one or two go without prompts, and twice of what these take is the limit
 
 
 class Pace:
@@ -67,7 +67,8 @@ class Pace:
 
     def lacks_measurement(self, card: int) -> bool:
         """Whether a step of `card` should go without prompts, to tell anew how long these may make it."""
-        return self._mixed_in_a_row[card] >= MIXED_IN_A_ROW
+        is_told = self._slo_s is not None and card == len(self.decode_s) - 1
+        return not is_told and self._mixed_in_a_row[card] >= MIXED_IN_A_ROW
 
     def keeps_slo(self, card: int, num_rows: int) -> bool:
         """Whether the smallest chunk still fits under the SLO of `card` beside so many rows. Without an SLO it does."""
