@@ -234,6 +234,7 @@ def main() -> None:
         contexts_of(case)
     figures = bench_steps(args.shape, cases, args.repeats) if args.shape else bench_attention(cases)
     print(json.dumps(figures | {"device": torch.cuda.get_device_name()}))
+    sys.exit(int(any("error" in row for row in figures.get("attention", {}).values())))
 
 
 if __name__ == "__main__":

@@ -131,10 +131,3 @@ def test_minutes_are_for_everything(
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [line.get("lives", 0) for line in printed] == list(range(len(begun) + 1)) and printed[-1] == figures
     assert len(begun) >= (4 if minutes > 1 else 1) and figures["totals"]["requests"] == 7 * len(begun)
-
-
-@pytest.mark.slow
-def test_a_soak_of_one_minute() -> None:
-    figures = soak("--minutes", "1", timeout_s=600)
-    assert figures["ok"] and figures["lives"] > 0
-    check(figures, figures["totals"]["requests"])
