@@ -302,9 +302,8 @@ class ModelRunner:
     def _warm_prefill(self, lengths: list[int], kind: int = 0, lent: bool = False) -> float | None:
         """A step of prompts that nobody asked for; its device seconds. From a single one two tokens are drawn, from
         each of many one."""
-        rows = (SamplingRow(WARM_PARAMS[kind % len(WARM_PARAMS)], seed=0, position=0),) * (
-            2 if len(lengths) == 1 else 1
-        )
+        row = SamplingRow(WARM_PARAMS[kind % len(WARM_PARAMS)], seed=0, position=0)
+        rows = (row, row) if len(lengths) == 1 else (row,)
         chunks = tuple(self._null_chunk(num_tokens, rows) for num_tokens in lengths)
         handle = self.run_prefill(PrefillShard(0, 0, chunks, lent))
         handle.wait()

@@ -3,8 +3,9 @@
 `paged_decode` divides every row into as many splits, a number that the host takes from the batch alone: one long
 context among short ones is then read by few programs while the rest of the card idles. Here the lengths decide. An
 item is a part of a row, to be read by a program for each KV head. Rows of up to a limit are one item, longer ones
-equal parts below it. The limit is what a row of a batch as large with even contexts would have to itself, so that even
-batches are divided as `paged_decode` divides them, in whole rows or in its splits. Its number of parts is bounded
+equal parts below it. Where a batch as large with even contexts is split, the limit is such a split; else an even share
+of the card, but at least twice the mean [`count_pieces`]. So even batches are divided as `paged_decode` divides them,
+in whole rows or in its splits. The number of parts is bounded
 whatever the lengths, so that a captured launch has room for them: parts beyond the rows are fewer than `num_pieces`,
 since a row of c tokens has fewer than c / limit beyond its first, and the limit is at least tokens / num_pieces.
 
@@ -167,6 +168,7 @@ def count_items(num_rows: int, num_pieces: int) -> int:
 
 
 def min_part_tokens(num_splits: int) -> int:
+    """Of a row in parts, where an even batch has so many splits."""
     return MIN_SPLIT_TOKENS if num_splits > 1 else MIN_PART_TOKENS
 
 
