@@ -19,7 +19,7 @@ import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +39,7 @@ from nanovllm.kernels.paged_decode_planned import paged_decode_planned
 from nanovllm.layers.attention import AttentionBackend
 from nanovllm.layers.attention.triton import TritonAttention
 from tools.bench_attention import DTYPE, HEAD_DIM, KV_HEADS, LAYERS, check, layer_views, make_pool
+from tools.captured import capture
 
 DEVICE = "cuda"
 PAGE_TOKENS, HEADS, BOUND_TOKENS, REPLAYS = 64, 32, 40960, 15
@@ -126,18 +127,6 @@ def check_rows(name: str, outs: Sequence[Tensor], inputs: Inputs) -> None:
     check(outs[3][rows], exact, name)
 
 
-def graph_of(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
-
-
 def in_turn_us(graphs: dict[str, torch.cuda.CUDAGraph]) -> dict[str, float]:
     """Median microseconds of a layer of each; their replays alternate."""
     times: dict[str, list[float]] = {name: [] for name in graphs}
@@ -161,7 +150,7 @@ def bench_case(case: str, pool: Tensor) -> dict[str, Any]:
         for name, way in (("rows", by_rows), ("plan", by_plan)):
             name += ", early" if early else ""
             check_rows(f"{case} by {name}", way(inputs, early), inputs)
-            graphs[name] = graph_of(lambda way=way, early=early: way(inputs, early))  # type: ignore[misc]
+            graphs[name], _ = capture(lambda way=way, early=early: way(inputs, early))  # type: ignore[misc]
     num_bytes = sum(contexts) * KV_HEADS * HEAD_DIM * 2 * DTYPE.itemsize
     us = in_turn_us(graphs)
     return {"splits": splits, "us": us, "tb_s": {name: num_bytes / each / 1e6 for name, each in us.items()}}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import itertools
-import random
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -21,6 +20,9 @@ from nanovllm.kernels.paged_prefill import paged_prefill, paged_prefill_referenc
 from nanovllm.layers.attention.flash_attn import FlashAttention, find_module  # noqa: E402
 from nanovllm.layers.attention.triton import TritonAttention  # noqa: E402
 from tests.cpu.test_attention_kernels import Case, Pool, check_close  # noqa: E402
+from tools.captured import capture  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("fresh_inputs")
 
 # TF32, were it used for float32, would err by 3e-4.
 BOUNDS = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3, torch.float32: 1e-5}
@@ -44,14 +46,6 @@ ALL_SHAPES = [
 ] + [pytest.param(*each) for each in SHAPES if each[2] not in (2, 8)]
 SHAPE = "dtype, group, kv_heads, head_dim, page"
 GIB = 1 << 30
-
-
-@pytest.fixture(autouse=True)
-def fresh_inputs(request: pytest.FixtureRequest) -> None:
-    """New inputs in every run; a failure prints its seed with the captured output."""
-    seed = random.SystemRandom().randrange(1 << 31)
-    print(f"torch.manual_seed({seed})")
-    torch.manual_seed(seed)
 
 
 def uneven_contexts(page: int, rows: int) -> tuple[int, ...]:
@@ -157,14 +151,7 @@ def test_a_graph_is_right_at_every_length(rows: int, num_splits: int | None) -> 
     def step() -> Tensor:
         return paged_decode(*arguments, max_context_tokens=1600, num_splits=num_splits)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
+    graph, out = capture(step)
     for lengths in ([1600] * rows, [0] * rows, [1, 1599, 64, 65, 0, 777][:rows], [500 - row for row in range(rows)]):
         contexts.copy_(torch.tensor(lengths))
         tables.copy_(pool.tables.roll(1, 0))
@@ -183,14 +170,7 @@ def test_a_prefill_graph_is_right_for_every_batch(page: int) -> None:
     q, tables = torch.randn(size, 32, 128, device="cuda").bfloat16(), pool.tables.clone()
     starts, contexts = torch.zeros(sequences + 1, dtype=torch.int32, device="cuda"), torch.zeros_like(pool.contexts)
     arguments = q, pool.k_pages, pool.v_pages, tables, starts, contexts
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        paged_prefill(*arguments, size)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = paged_prefill(*arguments, size)
+    graph, out = capture(lambda: paged_prefill(*arguments, size))
     for lens, cached in (((256, 0, 0, 0), (0, 0, 0, 0)), ((64, 1, 100, 0), (836, 500, 0, 0)), ((3, 65, 64, 33),) * 2):
         used = sum(lens)
         starts.copy_(torch.tensor([0, *lens]).cumsum(0))

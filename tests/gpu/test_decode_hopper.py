@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +14,9 @@ from nanovllm.kernels.paged_decode import paged_decode, paged_decode_reference  
 from nanovllm.kernels.paged_decode_hopper import paged_decode_ring  # noqa: E402
 from nanovllm.kernels.paged_prefill import store_kv  # noqa: E402
 from tests.cpu.test_attention_kernels import Case, Pool, check_close  # noqa: E402
+from tools.captured import capture  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("fresh_inputs")
 
 BOUNDS = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3}
 SMS = (132, 60, 44, 28, 1)  # what the work is cut for; the kernel is right wherever it runs
@@ -28,14 +29,6 @@ SHAPES = [  # each costs seconds of compiling
     (torch.float16, 4, 8, 64),
     (torch.float16, 16, 2, 64),
 ]
-
-
-@pytest.fixture(autouse=True)
-def fresh_inputs() -> None:
-    """New inputs in every run; a failure prints its seed with the captured output."""
-    seed = random.SystemRandom().randrange(1 << 31)
-    print(f"torch.manual_seed({seed})")
-    torch.manual_seed(seed)
 
 
 def uneven_contexts(rows: int) -> tuple[int, ...]:
@@ -89,10 +82,7 @@ def test_a_graph_is_right_at_every_length(rows: int, num_sms: int) -> None:
     def step() -> Tensor:
         return paged_decode_ring(*arguments, 1600, num_sms=num_sms)
 
-    step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
+    graph, out = capture(step)
     for lengths in ([1600] * rows, [0] * rows, [1, 1599, 64, 65, 0, 777][:rows], [500 - row for row in range(rows)]):
         contexts.copy_(torch.tensor(lengths))
         tables.copy_(pool.tables.roll(1, 0))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +14,9 @@ from nanovllm.kernels.decode_plan import COUNT, ROW, DecodePlan, plan_decode  # 
 from nanovllm.kernels.paged_decode import paged_decode, paged_decode_reference  # noqa: E402
 from nanovllm.kernels.paged_decode_planned import paged_decode_planned  # noqa: E402
 from tests.cpu.test_attention_kernels import Case, Pool, check_close  # noqa: E402
+from tools.captured import capture  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("fresh_inputs")
 
 BOUNDS = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3, torch.float32: 1e-5}
 SHAPES = [  # each costs seconds of compiling
@@ -25,14 +26,6 @@ SHAPES = [  # each costs seconds of compiling
     (torch.float32, 4, 2, 128, 64),
 ]
 BOUND_TOKENS, REPEATS = 40960, 200
-
-
-@pytest.fixture(autouse=True)
-def fresh_inputs() -> None:
-    """New inputs in every run; a failure prints its seed with the captured output."""
-    seed = random.SystemRandom().randrange(1 << 31)
-    print(f"torch.manual_seed({seed})")
-    torch.manual_seed(seed)
 
 
 def uneven_contexts(rows: int) -> tuple[int, ...]:
@@ -109,14 +102,7 @@ def test_a_graph_is_right_at_every_length(rows: int) -> None:
         plan = plan_of(pool, contexts)
         return [paged_decode_planned(*arguments, plan) for _ in range(3)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outs = step()
+    graph, outs = capture(step)
     short = [int(n) for n in torch.randint(0, 200, (rows,))]
     falling = [500 - row for row in range(rows)]
     for lengths in ([longest] * rows, [0] * rows, [longest, *short[1:]], [*short[1:], longest - 1], falling):

@@ -21,6 +21,8 @@ from nanovllm.kernels.rms_norm import add_rms_norm, add_rms_norm_reference  # no
 from nanovllm.kernels.silu_mul import silu_mul, silu_mul_reference  # noqa: E402
 from tests.counters import compiles  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("fresh_inputs")
+
 DEVICE = torch.device("cuda", 0)
 EPS = 1e-6
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -29,12 +31,6 @@ TOKENS = [1, 2, 7, 64, 257, 2048]
 HEADS = [(16, 8, 128), (32, 8, 128), (40, 8, 128), (64, 8, 128), (32, 8, 64), (5, 1, 64), (4, 2, 16)]
 BLOCK_SIZE, LAYERS, MAX_POSITION = 16, 3, 40_960
 GIB = 1 << 30
-
-
-@pytest.fixture(autouse=True)
-def fresh_inputs() -> None:
-    torch.manual_seed(torch.seed() % (1 << 31))
-    print("seed", torch.initial_seed())  # pytest shows it with a failure
 
 
 def randn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:

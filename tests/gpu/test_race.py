@@ -31,15 +31,11 @@ from tests.cpu.test_race import (  # noqa: E402
     some,
 )
 
+pytestmark = pytest.mark.usefixtures("fresh_inputs")
+
 DEVICE = torch.device("cuda", 0)
 P_LIMIT = 1e-6  # of a test of a distribution: 7 have seeds that differ from run to run
 RACE_TOLERANCE = 1e-5  # of x - log E, in float32
-
-
-@pytest.fixture(autouse=True)
-def fresh_inputs() -> None:
-    torch.manual_seed(torch.seed() % (1 << 31))
-    print("seed", torch.initial_seed())  # pytest shows it with a failure
 
 
 def is_near_miss(logits_V: Tensor, params: SamplingParams, slots: Slots, row: int, got: int, want: int) -> bool:
