@@ -25,6 +25,7 @@ from nanovllm.engine.shards import MixedShard, StepResult
 from nanovllm.engine.step_sizes import LENT_BUCKETS, lent_sizes
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from tests.cpu import test_mixed_step
+from tests.cpu.mixed_plan import joined, largest_error, separate
 from tests.cpu.test_mixed_step import (
     BOUND,
     NUM_SLOTS,
@@ -32,13 +33,10 @@ from tests.cpu.test_mixed_step import (
     Replayed,
     ReplayedDecode,
     check_pages,
-    joined,
-    largest_error,
     make_plan,
     make_runner,
     next_chunks,
     next_rows,
-    separate,
     start,
 )
 from tests.cpu.tiny import make_llm, write_config

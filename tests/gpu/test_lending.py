@@ -28,7 +28,7 @@ from nanovllm.engine.model_runner import ModelRunner  # noqa: E402
 from nanovllm.engine.shards import PrefillShard, StepResult  # noqa: E402
 from nanovllm.models.qwen3 import Qwen3ForCausalLM  # noqa: E402
 from tests.counters import compiles, graph_calls  # noqa: E402
-from tests.cpu.test_mixed_step import Item, Plan, joined, largest_error  # noqa: E402
+from tests.cpu.mixed_plan import Item, Plan, joined, largest_error  # noqa: E402
 from tests.gpu.test_green_ctx import PROGRAMS_PER_SM, num_sms, record_smid  # noqa: E402
 from tests.gpu.test_mixed_step import (  # noqa: E402
     LOGPROB_BOUND,

@@ -26,7 +26,7 @@ from nanovllm.models.model_config import load_model_config
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from nanovllm.sampling_params import SamplingParams
 from tests.counters import compiles, graph_calls
-from tests.cpu.test_mixed_step import Item, Plan, any_params, largest_error, mixed, separate
+from tests.cpu.mixed_plan import Item, Plan, any_params, largest_error, mixed, separate
 from tests.regret import release_gpu_memory
 
 NUM_SLOTS, NUM_BLOCKS, BLOCK_SIZE, MAX_MODEL_LEN, MAX_TOKENS = 40, 1200, 32, 1024, 512
