@@ -183,6 +183,22 @@ def test_a_copy_of_what_a_failed_step_should_have_written_fails(failing: FakeHan
 # -- order
 
 
+def test_a_copy_behind_a_decode_step_is_not_launched_before_it_has_ended() -> None:
+    """On the card it would begin with the changes that the next step needs, and hold them up."""
+    gate, behind = threading.Event(), CopyShard(1, 1, 0, ((0, 0),), 1)
+    runner = FakeRunner(FakeHandle(object(), gate=gate))
+    with threaded(FakeRunner(), runner) as executor:
+        try:
+            executor.launch(step(1, card=1))
+            executor.launch(behind)
+            time.sleep(0.05)
+            assert [shard for shard, _ in runner.launches] == [step(1, card=1)]
+        finally:
+            gate.set()
+        assert [job.shard for job in collect(executor, 2)] == [step(1, card=1), behind]
+        assert runner.launches[1] == (behind, None)
+
+
 def test_a_copy_is_reported_after_the_step_that_it_follows() -> None:
     gate, event, moved = threading.Event(), object(), FakeHandle()
     runner = FakeRunner(FakeHandle(event, gate=gate), moved)
