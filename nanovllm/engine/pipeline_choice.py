@@ -7,7 +7,8 @@ its trials.
 
 A way is tried for several steps in a row: a card that is bound by power gives each way a clock of its own, within some
 tens of milliseconds. Step by step in turn all ways would run at one clock, and those that take less energy, or come
-behind others, would be mistaken for slower ones.
+behind others, would be mistaken for slower ones. Where these trials leave it open whether the fastest other way is
+worth a change, it, the present one and the sequential one are tried once more, for longer.
 """
 
 from __future__ import annotations
@@ -25,15 +26,20 @@ SEQUENTIAL = "sequential"
 @dataclass(frozen=True)
 class ChoiceRules:
     """trial_steps: of each way in a row, the first `settle_steps` of which are not counted; twice, there and back.
-    hysteresis: by what share another way must be faster to be taken. drift: by what share the chosen way's time may
-    change before it is measured against those within `contention` of the best; `pause_steps` later at the earliest,
-    twice as many each time that nothing comes of it. All ways are measured again after `remeasure_steps`. window_steps:
-    of the moving median.
+    hysteresis: by what share another way must be faster to be taken. doubt: within what share around that the trials
+    leave it open; final_steps, final_settle_steps: of the ways in question then, as for trials.
+
+    drift: by what share the chosen way's time may change before it is measured against those within `contention` of the
+    best; `pause_steps` later at the earliest, twice as many each time that nothing comes of it. All ways are measured
+    again after `remeasure_steps`. window_steps: of the moving median.
     """
 
     trial_steps: int = 6
     settle_steps: int = 2
     hysteresis: float = 0.03
+    doubt: float = 0.04
+    final_steps: int = 20
+    final_settle_steps: int = 8
     drift: float = 0.10
     contention: float = 0.15
     pause_steps: int = 64
@@ -63,12 +69,14 @@ class PlaceChoice:
             raise ValueError(f"ways={self.ways} must be different, {SEQUENTIAL!r} the first of them")
         self._plan: deque[Step] = deque()
         self._awaited = 0
+        self._in_final = False
         self._times_s: dict[str, list[float]] = {}
+        self._measured_s: dict[str, float] = {}  # since the last decision
         self._recent_s: deque[float] = deque(maxlen=self.rules.window_steps)
         self._steady_steps = 0
         self._pause_steps = self.rules.pause_steps
         if len(self.ways) > 1:
-            self._begin_trials(self.ways)
+            self._begin_trials(self.ways, self.rules.trial_steps, self.rules.settle_steps)
 
     def next(self) -> Step:
         """How the next step of this place runs. Each step is to be observed, in any order."""
@@ -78,7 +86,7 @@ class PlaceChoice:
         if not self._awaited:
             self._steady_steps += 1
             if tried := self._due():
-                self._begin_trials(tried)
+                self._begin_trials(tried, self.rules.trial_steps, self.rules.settle_steps)
                 return self.next()
         return Step(self.chosen, "steady")
 
@@ -92,19 +100,34 @@ class PlaceChoice:
         if step.kind == "trial":
             self._times_s[step.way].append(seconds)
         if not self._plan and not self._awaited:
-            self._decide()
+            self._trials_ended()
 
-    def _begin_trials(self, ways: tuple[str, ...]) -> None:
+    def _begin_trials(self, ways: tuple[str, ...], steps: int, settling: int) -> None:
         """There and back again, so that contexts that grow meanwhile grow for all alike."""
         self._times_s = {way: [] for way in ways}
-        settling = self.rules.settle_steps
         for way in (*ways, *reversed(ways)):
             self._plan.extend([Step(way, "settling")] * settling)
-            self._plan.extend([Step(way, "trial")] * (self.rules.trial_steps - settling))
+            self._plan.extend([Step(way, "trial")] * (steps - settling))
 
-    def _decide(self) -> None:
+    def _trials_ended(self) -> None:
         measured_s = {way: statistics.median(times) for way, times in self._times_s.items()}
-        self.medians_s |= measured_s
+        self._measured_s |= measured_s
+        if not self._in_final and (rival := self._doubtful_rival(measured_s)):
+            self._in_final = True
+            finalists = tuple(dict.fromkeys((SEQUENTIAL, self.chosen, rival)))
+            self._begin_trials(finalists, self.rules.final_steps, self.rules.final_settle_steps)
+            return
+        self.medians_s |= self._measured_s
+        self._measured_s, self._in_final = {}, False
+        self._decide(measured_s)
+
+    def _doubtful_rival(self, measured_s: dict[str, float]) -> str | None:
+        """The fastest way but the present one, if a little more or less would decide whether it is taken."""
+        rival = min((way for way in measured_s if way != self.chosen), key=lambda way: measured_s[way])
+        gain = 1 - measured_s[rival] / measured_s[self.chosen]
+        return rival if abs(gain - self.rules.hysteresis) < self.rules.doubt else None
+
+    def _decide(self, measured_s: dict[str, float]) -> None:
         before, best = self.chosen, min(measured_s, key=lambda way: measured_s[way])
         if measured_s[best] < measured_s[before] * (1 - self.rules.hysteresis):
             self.chosen = best

@@ -55,7 +55,8 @@ def test_it_converges_to_the_best_way_or_one_as_good(times: dict[str, float], in
     assert times[choice.chosen] <= min(times.values()) * 1.05
     assert times[choice.chosen] <= times[SEQUENTIAL] * 1.01, "never a way that measures slower"
     trials = [step for step in taken if step.kind != "steady"]
-    assert len(trials) == 2 * len(WAYS) * ChoiceRules().trial_steps, "steady times: no second round of trials"
+    first, final = 2 * len(WAYS) * ChoiceRules().trial_steps, 2 * 2 * ChoiceRules().final_steps
+    assert len(trials) in (first, first + final), "steady times: no second round of trials"
     assert choice.changes <= 1
     steady = [step.way for step in taken if step.kind == "steady"]
     assert set(steady) <= {SEQUENTIAL, choice.chosen}
@@ -127,13 +128,45 @@ def test_a_way_that_takes_less_energy_is_found_on_a_card_bound_by_power(nearing:
         assert choice.medians_s[way] == pytest.approx(card.steady(way), rel=0.04)
 
 
+@pytest.mark.parametrize("in_flight", [0, 3])
+def test_what_trials_leave_in_doubt_a_final_decides(in_flight: int) -> None:
+    """The clock follows so slowly that in the trials 28:104 is 2 % slower than it is by itself."""
+    card = PowerBoundCard(nearing=0.15)
+    trials, choice = PlaceChoice(tuple(card.ways), ChoiceRules(doubt=0.0)), PlaceChoice(tuple(card.ways))
+    run_steps(trials, card.cost, 400, in_flight)
+    assert trials.chosen == SEQUENTIAL
+    run_steps(choice, PowerBoundCard(nearing=0.15).cost, 400, in_flight)
+    assert choice.chosen == "28:104"
+
+
+def test_a_clear_gain_and_a_clear_loss_need_no_final() -> None:
+    for seconds in (0.9, 1.05):
+        choice = PlaceChoice((SEQUENTIAL, "44:88"))
+        taken = run_steps(choice, noisy({SEQUENTIAL: 1.0, "44:88": seconds}, 0, noise=0.0, spikes=0.0), 200)
+        assert sum(step.kind != "steady" for step in taken) == 2 * 2 * ChoiceRules().trial_steps
+        assert choice.chosen == ("44:88" if seconds < 1 else SEQUENTIAL)
+
+
+def test_a_final_is_between_its_ways_alone() -> None:
+    """A third way's trials, taken at another clock, do not count against what the final has measured."""
+    choice = PlaceChoice((SEQUENTIAL, "28:104", "44:88"), ChoiceRules(trial_steps=1, settle_steps=0))
+    for seconds in (1.0, 0.98, 0.99, 0.99, 0.98, 1.0):
+        choice.observe(choice.next(), seconds)
+    final = [choice.next() for _ in range(80)]
+    assert {step.way for step in final} == {SEQUENTIAL, "28:104"} and choice.next().kind == "steady"
+    for step in final:
+        choice.observe(step, 1.1)
+    assert choice.chosen == SEQUENTIAL and choice.medians_s == {SEQUENTIAL: 1.1, "28:104": 1.1, "44:88": 0.99}
+
+
 def test_contexts_that_grow_through_the_trials_favour_no_way() -> None:
-    """By 0.2 % a step, 12 % from the first to the last; the ways are equal."""
+    """By 0.2 % a step, 12 % from the first to the last; the ways are equal. The final comes later and is longer."""
     choice = PlaceChoice(WAYS)
-    run_steps(choice, lambda way, step: 1.0 + 0.002 * step, 120)
+    run_steps(choice, lambda way, step: 1.0 + 0.002 * step, 250)
     assert choice.chosen == SEQUENTIAL and choice.changes == 0
-    times = choice.medians_s.values()
-    assert max(times) / min(times) < 1.001
+    final = [choice.medians_s.pop(way) for way in (SEQUENTIAL, "28:104")]
+    for times in (final, list(choice.medians_s.values())):
+        assert max(times) / min(times) < 1.001
 
 
 def test_a_drifting_load_is_measured_again_and_the_choice_follows() -> None:
