@@ -1,4 +1,5 @@
-"""Gaps between a card's decode steps, and times from end to end of them, in a trace of `llm.trace`, by decode rows.
+"""Gaps between a card's decode steps, and times from end to end of them, in a trace of `llm.trace`: by decode rows, by
+whether rows changed, and by whether a copy that leaves the card began in the gap.
 
     python tools/profile_host.py --shape 8b --pd-roles strict --num-prompts 1400 --input-len 512 --output-len 288 \\
         --repeats 1 --trace run.json
@@ -22,33 +23,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench_metrics import percentile
 
 STEPS = ("prefill", "decode", "mixed")
+NEAR_US = 60  # between a step's end and the begin of a copy that waited for it, at most
 
 
 class Step(NamedTuple):
     """A step with decode rows behind another one: milliseconds from that one's end to this one's begin, and to its end.
 
-    `changed`: whether it has other rows, by number, than the step before.
+    `changed`: whether it has other rows, by number, than the step before. `copy_began`: at that one's end.
     """
 
     rows: int
     gap_ms: float
     period_ms: float
     changed: bool
+    copy_began: bool = False
 
 
 def steps_of(events: Iterable[Mapping[str, Any]], card: int) -> list[Step]:
     """From a trace's `traceEvents`."""
     events = list(events)
     processes = {e["pid"]: e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "process_name"}
-    spans = [e for e in events if e["ph"] == "X" and e["name"] in STEPS and processes[e["pid"]] == f"card {card}"]
-    spans.sort(key=lambda span: span["ts"])
+    of_card = [e for e in events if e["ph"] == "X" and processes[e["pid"]] == f"card {card}"]
+    copies_us = [e["ts"] for e in of_card if e["name"] == "copy"]
+    spans = sorted((e for e in of_card if e["name"] in STEPS), key=lambda span: span["ts"])
     found = []
     for before, span in zip(spans, spans[1:], strict=False):
         rows, rows_before = decode_rows(span), decode_rows(before)
         end = before["ts"] + before["dur"]
         if rows and rows_before:
             times = (span["ts"] - end) / 1e3, (span["ts"] + span["dur"] - end) / 1e3
-            found.append(Step(rows, *times, rows != rows_before))
+            copy_began = any(abs(begin_us - end) < NEAR_US for begin_us in copies_us)
+            found.append(Step(rows, *times, rows != rows_before, copy_began))
     return found
 
 
@@ -73,7 +78,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     steps = steps_of(json.loads(args.file.read_text())["traceEvents"], args.card)
     groups = {f">= {least} rows": [s for s in steps if s.rows >= int(least)] for least in args.rows.split(",")}
-    groups |= {"rows changed": [s for s in steps if s.changed], "rows as before": [s for s in steps if not s.changed]}
+    groups["rows changed"] = [step for step in steps if step.changed]
+    groups["rows as before"] = [step for step in steps if not step.changed]
+    groups["copy began"] = [step for step in steps if step.copy_began]
+    groups["no copy began"] = [step for step in steps if not step.copy_began]
     table = {name: figures_of(group) for name, group in groups.items() if group}
     print(f"{'card ' + str(args.card):<16}{'steps':>7}{'gap P50, P99, max ms':>28}{'end to end P50, P99, max ms':>32}")
     for name, figures in table.items():

@@ -23,6 +23,8 @@ TRACE = [
     span("decode", 1000, 2000, 7),
     span("prefill", 0, 9000, 3, pid=2),  # another card's
     span("copy", 0, 9000, 3),  # no step
+    span("copy", 5020, 5900, 3),
+    span("copy", 2001, 5900, 3, pid=2),  # another card's
     span("mixed", 2250, 5000, 7),
     span("decode", 5000, 6000, 8),
     span("prefill", 6500, 7000, 2),  # it has no decode rows
@@ -31,7 +33,7 @@ TRACE = [
 
 
 def test_steps_of_one_card_that_follow_one_with_rows() -> None:
-    assert steps_of(TRACE, 1) == [Step(7, 0.25, 3.0, False), Step(8, 0.0, 1.0, True)]
+    assert steps_of(TRACE, 1) == [Step(7, 0.25, 3.0, False), Step(8, 0.0, 1.0, True, copy_began=True)]
     assert steps_of(reversed(TRACE), 1) == steps_of(TRACE, 1)
     assert steps_of(TRACE, 0) == []
 
@@ -47,5 +49,6 @@ def test_groups_by_rows_and_by_change(tmp_path: Path, capsys: pytest.CaptureFixt
     main([str(path), "--rows", "1,8,9"])
     lines = capsys.readouterr().out.splitlines()
     counts = {name: group["steps"] for name, group in json.loads(lines[-1]).items()}
-    assert counts == {">= 1 rows": 2, ">= 8 rows": 1, "rows changed": 1, "rows as before": 1}
+    changes = {"rows changed": 1, "rows as before": 1, "copy began": 1, "no copy began": 1}
+    assert counts == {">= 1 rows": 2, ">= 8 rows": 1} | changes
     assert len(lines) == len(counts) + 2
