@@ -158,6 +158,7 @@ class Worker:
         self._launch = launch
         self._complete = completed
         self._num_given = self._num_done = 0
+        self._open: deque[Job] = deque()  # given and not done
         self._inbox: SimpleQueue[Job | None] = SimpleQueue()
         self._in_flight: SimpleQueue[Job | None] = SimpleQueue()
         self._threads = [
@@ -169,11 +170,14 @@ class Worker:
 
     def put(self, job: Job) -> None:
         self._num_given += 1
+        self._open.append(job)
         self._inbox.put(job)
 
     @property
     def progress(self) -> Progress:
-        return Progress(self._num_given, self._num_done)
+        sources = [job.after for job in list(self._open)[:1]]  # a copy of all: another thread takes the first one away
+        waits = any(source is not None and not source.done.is_set() for source in sources)
+        return Progress(self._num_given, self._num_done, waits)
 
     def end(self) -> None:
         """Its threads end when everything given so far has run."""
@@ -211,6 +215,7 @@ class Worker:
                 job.after.done.wait()  # the plan sees a step before the copies that follow it
                 job.error = job.error or job.after.error  # what a failed step wrote is nothing to copy
             self._num_done += 1
+            self._open.popleft()
             self._complete(job)
             job.done.set()
 

@@ -11,10 +11,11 @@ PASSES = 2 * LOOKS  # more than a copy and its retries make, each perhaps looked
 
 
 class Progress(NamedTuple):
-    """Jobs of a worker since the start."""
+    """Jobs of a worker since the start. `waits`: the next one to end follows another worker's, which has not ended."""
 
     given: int
     done: int
+    waits: bool = False
 
 
 class Watchdog:
@@ -31,7 +32,7 @@ class Watchdog:
         self.next_look_s = now_s + self.interval_s
         for name, worker in workers.items():
             done, looks = self._seen.get(name, (-1, 0))
-            still = worker.given > worker.done == done
+            still = worker.given > worker.done == done and not worker.waits  # whom it waits for is looked at, too
             self._seen[name] = worker.done, looks + 1 if still else 0
         return [name for name, (_, looks) in self._seen.items() if looks >= LOOKS]
 

@@ -12,6 +12,7 @@ import pytest
 
 from nanovllm.engine.executor import Executor, InlineExecutor, Job, ThreadedExecutor
 from nanovllm.engine.shards import CopyShard, DecodeShard, PrefillShard, Shard, StepResult
+from nanovllm.engine.watchdog import Progress
 
 TIMEOUT_S = 10.0
 
@@ -180,6 +181,19 @@ def test_a_copy_of_what_a_failed_step_should_have_written_fails(failing: FakeHan
         assert [shard for shard, _ in runner.launches] == [step(1)]  # nothing was copied
 
 
+def test_a_copy_that_was_launched_behind_a_step_that_failed_fails() -> None:
+    """It waited for the step on the card, where nothing tells it how the step ended."""
+    gate = threading.Event()
+    runner = FakeRunner(FakeHandle(object(), RuntimeError("illegal access"), gate), moved := FakeHandle())
+    with threaded(runner, FakeRunner()) as executor:
+        executor.launch(step(1))
+        executor.launch(copy(1, 1))
+        assert moved.waited.wait(TIMEOUT_S)
+        gate.set()
+        source, follower = collect(executor, 2)
+        assert source.error is not None and follower.error is source.error
+
+
 # -- order
 
 
@@ -193,10 +207,12 @@ def test_a_copy_behind_a_decode_step_is_not_launched_before_it_has_ended() -> No
             executor.launch(behind)
             time.sleep(0.05)
             assert [shard for shard, _ in runner.launches] == [step(1, card=1)]
+            assert executor.progress()["copies from card 1"] == Progress(1, 0, waits=True)
         finally:
             gate.set()
         assert [job.shard for job in collect(executor, 2)] == [step(1, card=1), behind]
         assert runner.launches[1] == (behind, None)
+        assert executor.progress()["copies from card 1"] == Progress(1, 1)
 
 
 def test_a_copy_is_reported_after_the_step_that_it_follows() -> None:

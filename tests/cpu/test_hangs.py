@@ -113,3 +113,13 @@ def test_watchdog_counts_looks_not_seconds() -> None:
         assert dog.look(1e6 * look, stuck) == []
     assert dog.look(1e9, stuck) == ["card 0"] and dog.next_look_s == 1e9 + 15.0
     assert dog.look(1e9, stuck | {"card 0": Progress(4, 2)}) == []
+
+
+def test_whoever_waits_for_a_step_does_not_hang_himself() -> None:
+    """Steps may take nearly as long as the limit, and copies follow them."""
+    dog, waiting = Watchdog(60.0), {"card 1": Progress(3, 2), "copies from card 1": Progress(5, 2, waits=True)}
+    for look in range(3 * LOOKS):
+        slow = {"card 1": Progress(10 + look, 2 + look // (LOOKS - 1))}
+        assert dog.look(1e6 * look, waiting | slow) == []
+    own = {"copies from card 1": Progress(5, 2)}
+    assert [dog.look(0.0, own) for _ in range(LOOKS)] == [[]] * (LOOKS - 1) + [["copies from card 1"]]
