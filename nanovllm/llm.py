@@ -90,7 +90,7 @@ class LLM:
         # Also runs at interpreter exit. The engine's threads hold no reference to this object.
         self._finalizer = weakref.finalize(self, _stop_engine, self._engine)
         self._metrics_server: MetricsServer | None = None
-        self._metrics_lock = threading.Lock()
+        self._metrics_lock, self._close_lock = threading.Lock(), threading.RLock()
         startup["total_s"] = IMPORT_S + time.perf_counter() - started
         parts = ", ".join(f"{part.removesuffix('_s')} {startup[part]:.2f}" for part in STARTUP_PARTS)
         logger.info("ready in %.2f s: %s", startup["total_s"], parts)
@@ -163,7 +163,8 @@ class LLM:
             return outputs
 
     def take_finished(self) -> list[RequestOutput]:
-        """Requests of `add_request` that ended since this or `step()` last told of an end; does not wait for one.
+        """Requests of `add_request` that ended since this or `step()` last told of an end; does not wait for one, but for
+        a `step()` that another thread is in.
 
         For callers with many requests and no use for pieces: looks at each request that advanced once, however many
         tokens it made. Runs nothing: without `overlap` only `step()` does.
@@ -195,9 +196,9 @@ class LLM:
         `ValueError` for an address that cannot be had, or if this engine's page is served already.
         """
         server_class = _metrics_server_class()
-        if not self._finalizer.alive:
-            raise EngineDeadError("the engine has stopped: closed")
         with self._metrics_lock:
+            if not self._finalizer.alive:
+                raise EngineDeadError("the engine has stopped: closed")
             if self._metrics_server is not None and self._metrics_server.running:
                 raise ValueError(f"port={port}: {self._metrics_server.url} is served already; close that server first")
             server = server_class(partial(_stats, self._engine, self.decode_runner), port, host)  # keeps no LLM alive
@@ -216,12 +217,17 @@ class LLM:
         return record_trace(self._engine, path, [runner.device for runner in runners])
 
     def close(self) -> None:
-        """Stop the engine. Callers that still wait get `EngineDeadError`. Safe to call twice."""
-        if self._metrics_server is not None:
-            self._metrics_server.close()
-        self._finalizer()
-        if self._engine.may_use_cards:  # else this would hang, or fail, too
-            self.decode_runner.close_pipeline()
+        """Stop the engine. Callers that still wait get `EngineDeadError`. Safe to call twice, also from two threads, and
+        again after Ctrl-C has interrupted it."""
+        with self._close_lock:
+            self._engine.close()
+            if self._finalizer.detach() is not None:
+                _collect_again(self.config)
+            with self._metrics_lock:
+                if self._metrics_server is not None:
+                    self._metrics_server.close()
+            if self._engine.may_use_cards:  # else this would hang, or fail, too
+                self.decode_runner.close_pipeline()
 
     def __enter__(self) -> LLM:
         return self
@@ -387,5 +393,10 @@ def _stop_engine(engine: LLMEngine) -> None:
     try:
         engine.close()
     finally:
-        if engine.config.overlap:
-            collect_all_again()
+        _collect_again(engine.config)
+
+
+def _collect_again(config: Config) -> None:
+    """Once for each engine: what was frozen at its start is collected again."""
+    if config.overlap:
+        collect_all_again()
