@@ -163,8 +163,8 @@ class LLM:
             return outputs
 
     def take_finished(self) -> list[RequestOutput]:
-        """Requests of `add_request` that ended since this or `step()` last told of an end; does not wait for one, but for
-        a `step()` that another thread is in.
+        """Requests of `add_request` that ended since this or `step()` last told of an end. Waits for none of them, but
+        for a `step()` that another thread is in.
 
         For callers with many requests and no use for pieces: looks at each request that advanced once, however many
         tokens it made. Runs nothing: without `overlap` only `step()` does.
@@ -217,8 +217,8 @@ class LLM:
         return record_trace(self._engine, path, [runner.device for runner in runners])
 
     def close(self) -> None:
-        """Stop the engine. Callers that still wait get `EngineDeadError`. Safe to call twice, also from two threads, and
-        again after Ctrl-C has interrupted it."""
+        """Stop the engine. Callers that still wait get `EngineDeadError`. Safe to call twice, from two threads too, and
+        again after Ctrl-C."""
         with self._close_lock:
             self._engine.close()
             if self._finalizer.detach() is not None:

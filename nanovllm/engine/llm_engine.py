@@ -174,8 +174,8 @@ class LLMEngine:
                 if self._beat_s >= self._watchdog.next_look_s:
                     self._look_for_hangs()
         except BaseException as error:
-            logger.exception("the engine loop failed")
-            self._die(error)
+            self._die(error)  # first: a handler of the caller's may raise
+            logger.error("the engine loop failed", exc_info=error)
 
     def _gather(self) -> None:
         """Requests came that cannot be begun now, and more may follow at once. Woken for each of a thousand, the loop
@@ -291,13 +291,18 @@ class LLMEngine:
             return
         try:
             reason, stop_reason = stop_of(sequence)
-        except Exception as error:  # the tokenizer's, on this text
-            self._fail(sequence.request, "tokenizer", describe(error))
+        except BaseException as error:  # the tokenizer's, on this text; a panic in it is no Exception
+            self._fail_text(sequence.request, error)
             return
         if reason is not None:
             self._finish(sequence, reason, stop_reason)
         else:
             sequence.num_settled_outputs = sequence.num_output_tokens
+
+    def _fail_text(self, request: Request, error: BaseException) -> None:
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):  # the caller's, without `overlap`
+            raise error
+        self._fail(request, "tokenizer", describe(error))
 
     def _fail(self, request: Request, kind: str, text: str) -> None:
         """End all answers of a request that cannot be answered; the others go on."""
@@ -317,8 +322,8 @@ class LLMEngine:
         if sequence.watcher is not None and reason != "error":
             try:
                 sequence.watcher.flush()
-            except Exception as error:  # the tokenizer's, on this text
-                self._fail(sequence.request, "tokenizer", describe(error))
+            except BaseException as error:  # as above
+                self._fail_text(sequence.request, error)
                 return
         self.scheduler.finish(sequence, reason, stop_reason)
         self.metrics.requests.add_end(sequence, reason)

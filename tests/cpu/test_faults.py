@@ -22,7 +22,7 @@ from nanovllm.engine.shards import NO_TOKEN
 from nanovllm.layers import sampler
 from nanovllm.tokenizer import Tokenizer
 from tests.cpu.faulty import ANSWER_LIMIT_S, GREEDY, PROMPTS, BrokenLane, check_books, errors_of, tokens_of
-from tests.cpu.tiny import make_llm, scripted, settle, wait_until, write_model
+from tests.cpu.tiny import BLOCK, make_llm, scripted, settle, wait_until, write_model
 from tests.faults import ILLEGAL_ACCESS, STEPS, FaultInjector, Times, copies_across, fails, steps_of
 
 
@@ -143,6 +143,8 @@ def test_a_failing_card_leaves_the_other(
     assert tokens_of(llm) == expected
     after = llm.stats()[f"card{card}"]
     assert after["prefill_tokens"] == stats[f"card{card}"]["prefill_tokens"]
+    *_, longest = llm.generate(PROMPTS, GREEDY, use_tqdm=False)  # prefixes are found on the card that is left, too
+    assert longest["token_ids"] == expected[-1] and longest.num_cached_tokens >= len(PROMPTS[-1]) // BLOCK * BLOCK
 
 
 def test_a_lost_card_keeps_nothing_of_its_last_step(llm: LLM, expected: list[list[int]]) -> None:
@@ -282,15 +284,20 @@ class Broken(Exception):
     pass
 
 
+class Panic(BaseException):
+    """As the tokenizer's library, which is written in Rust, raises it."""
+
+
+@pytest.mark.parametrize("kind", [Broken, Panic])
 def test_a_tokenizer_that_raises_ends_one_request(
-    llm: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    llm: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
 ) -> None:
     """In the engine's thread, which looks for stop strings there."""
     push = StopWatcher.push
 
     def raise_for_bad(self: StopWatcher, token: int, search: bool) -> str | None:
         if self._stop == ("bad",) and len(self._detokenizer._ids) == 3:
-            raise Broken("no such piece")
+            raise kind("no such piece")
         return push(self, token, search)
 
     monkeypatch.setattr(StopWatcher, "push", raise_for_bad)
@@ -299,7 +306,8 @@ def test_a_tokenizer_that_raises_ends_one_request(
     outputs = llm.generate(PROMPTS, params, use_tqdm=False)
     for number, (output, tokens) in enumerate(zip(outputs, expected, strict=True)):
         if number == 2:
-            assert output.outputs[0].finish_reason == "error" and output.error == "Broken: no such piece"
+            assert output.outputs[0].finish_reason == "error"
+            assert output.error == f"{kind.__name__}: no such piece"
             assert output["token_ids"] == tokens[:4] and output.finished
         else:
             assert output["token_ids"] == tokens and output.error is None
@@ -307,16 +315,29 @@ def test_a_tokenizer_that_raises_ends_one_request(
     settle(llm)
 
 
+@pytest.mark.parametrize("kind", [Broken, Panic])
 def test_a_tokenizer_that_raises_at_the_end_ends_all_answers_of_one_request(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
 ) -> None:
-    monkeypatch.setattr(StopWatcher, "flush", fails(Broken("half a character")))
+    monkeypatch.setattr(StopWatcher, "flush", fails(kind("half a character")))
     params = SamplingParams(max_tokens=3, stop="never", ignore_eos=True, n=3)
     outputs = llm.generate(PROMPTS[:1], params, use_tqdm=False)
     assert {answer.finish_reason for answer in outputs[0].outputs} == {"error"}
-    assert outputs[0].error == "Broken: half a character"
+    assert outputs[0].error == f"{kind.__name__}: half a character"
     monkeypatch.undo()
     settle(llm)
+
+
+def test_an_interrupt_while_text_is_made_is_no_fault_of_a_request(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without `overlap`, where the caller's thread does the engine's work."""
+    with make_llm(folder, overlap=False) as llm:
+        interrupt = fails(KeyboardInterrupt())
+        monkeypatch.setattr(StopWatcher, "push", lambda self, token, search: interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate("abc", SamplingParams(max_tokens=9, stop="never", ignore_eos=True), use_tqdm=False)
+        assert errors_of(llm).get("tokenizer") is None
 
 
 def test_a_tokenizer_that_raises_for_a_caller_is_that_callers_matter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from nanovllm.engine.detokenizer import StopWatcher
 from nanovllm.engine.watchdog import LOOKS, PASSES, Progress, Watchdog
 from tests.cpu.faulty import ANSWER_LIMIT_S, GREEDY, BrokenLane, check_books, tokens_of
 from tests.cpu.tiny import make_llm, write_model
-from tests.faults import FaultInjector, Times, steps_of
+from tests.faults import ILLEGAL_ACCESS, FaultInjector, Times, fails, steps_of
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,28 @@ def test_a_loop_that_hangs_is_noticed_by_whoever_waits(folder: Path, monkeypatch
         llm._engine._closing = True
         hang.set()  # the loop goes on, and ends with a request that nobody waits for any more
     check_books(llm)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_log_handler_that_raises_delays_nobody(folder: Path) -> None:
+    """Who waits hears of the engine's end, and why, before anybody reads of it in a log."""
+
+    class Raising(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise OSError("disk full")
+
+    logger, handler = logging.getLogger("nanovllm"), Raising(logging.ERROR)
+    logger.addHandler(handler)
+    try:
+        with make_llm(folder, enable_two_gpu_pd=True) as llm:
+            FaultInjector(llm).before = Times(1, steps_of(1), fails(RuntimeError(ILLEGAL_ACCESS)))
+            begun = time.monotonic()
+            with pytest.raises(EngineDeadError, match="illegal memory access"):
+                tokens_of(llm)
+            assert time.monotonic() - begun < ANSWER_LIMIT_S
+        check_books(llm)
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_slow_is_not_hung(folder: Path) -> None:
