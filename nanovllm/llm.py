@@ -211,7 +211,8 @@ class LLM:
         """`with llm.trace("run.json"):` records every step and copy that completes inside, for ui.perfetto.dev.
 
         Written when the block is left, also by an exception; an existing file is replaced. `ValueError` before the
-        block begins if the path cannot be written or another trace of this engine is on.
+        block begins if the path cannot be written or another trace of this engine is on; `OSError` at its end if the
+        disk is full.
         """
         runners = dict.fromkeys((self.prefill_runner, self.decode_runner))  # one card plays both roles
         return record_trace(self._engine, path, [runner.device for runner in runners])

@@ -110,7 +110,7 @@ class Placement:
         if request.timeline.admitted is None:
             request.timeline.mark("admitted")
             request.num_cached_tokens = group.num_launched_tokens
-            plan.counts["prompt_tokens"] += group.num_tokens
+            plan.counts["computed_tokens"] += group.num_tokens - group.num_launched_tokens
             plan.counts["cached_tokens"] += group.num_launched_tokens
         for sequence in group.sequences:
             sequence.card = group.decode_card

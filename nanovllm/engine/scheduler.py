@@ -381,9 +381,11 @@ class Scheduler:
             }
             for card, manager in self.managers.items()
         }
-        names = ("prompt_tokens", "cached_tokens", "evacuations", "recomputes", "write_backs", "write_backs_skipped")
+        cached_tokens = self.counts["cached_tokens"]  # read once: what is computed from it must never decrease
+        tokens = {"prompt_tokens": cached_tokens + self.counts["computed_tokens"], "cached_tokens": cached_tokens}
+        names = ("evacuations", "recomputes", "write_backs", "write_backs_skipped")
         others = ("pauses", "helped", "hand_offs", "taken_over", "prefilled_again")
-        counts = {name: self.counts[name] for name in (*names, *others)}
+        counts = tokens | {name: self.counts[name] for name in (*names, *others)}
         now = {"copies_in_flight": len(self.handoff.pending), "prefill_paused": self.paused}
         return queues | blocks | counts | now | {"back_pressure_seconds": self.back_pressure.seconds}
 
