@@ -22,9 +22,8 @@ Stats = Mapping[str, Any]
 Values = Mapping[Any, float]  # by the label's value, or a tuple of them
 
 PREFIX = "nanovllm:"
-BOUNDS = range(
-    230, 933, 18
-)  # of the histograms' buckets, which of them are shown: each 1.43 of the last, 95 µs to 103 s
+# Of the histograms' buckets, which of them are shown: each 1.43 of the last, 95 µs to 103 s.
+BOUNDS = range(230, 933, 18)
 WAITING = {"copying": "copy", "ready": "slot", "evacuated": "moved"}  # queues of `stats()`, and why they wait
 STEP_KINDS = ("prefill", "decode", "mixed")
 STAGES = ("attention", "ffn")  # StageA and StageF
@@ -129,14 +128,13 @@ def _queues(stats: Stats) -> Iterator[Metric]:
 
 
 def _answers(stats: Stats) -> Iterator[Metric]:
-    finished = {reason: count for reason, count in stats["requests"]["finished"].items()}
+    finished = stats["requests"]["finished"]
     yield _counter("request_success", "Answers that ended, aborts and errors too.", finished, ("finished_reason",))
-    errors = {kind: count for kind, count in stats["errors"].items()}
     text = (
         "Failures. engine: its loop ended, everybody who waited was told. card: one was given up, the other goes on. "
         "copy: one was given up, its prompts are prefilled again. tokenizer, logits: one request failed because of it."
     )
-    yield _counter("errors", text, errors, ("kind",))
+    yield _counter("errors", text, stats["errors"], ("kind",))
     again = {(): stats["prefilled_again"]}
     yield _counter("num_prefilled_again", "Answers whose prompt was prefilled again because of a failure.", again)
     for key, (name, text) in HISTOGRAMS.items():
