@@ -112,7 +112,7 @@ def build_runners(
 
 def make_runner(config: Config, model: Qwen3ForCausalLM, max_model_len: int, card: int) -> ModelRunner:
     """Card `card` with its KV pool and slots, where its model is."""
-    num_blocks = count_blocks(config, model.config, max_model_len, model, model.device, card)
+    num_blocks = count_blocks(config, model, max_model_len, card)
     cache = make_pool(config, model, num_blocks, card)
     device_id = (config.prefill_device_id, config.decode_device_id)[card]
     return ModelRunner(device_id, model, cache, config.max_num_seqs, max_model_len, config.verify_copies)
@@ -208,38 +208,30 @@ def measure_links(runners: list[ModelRunner]) -> dict[tuple[int, int], float]:
     }
 
 
-def count_blocks(
-    config: Config,
-    model_config: ModelConfig,
-    max_model_len: int,
-    model: Qwen3ForCausalLM,
-    device: torch.device,
-    card: int,
-) -> int:
+def count_blocks(config: Config, model: Qwen3ForCausalLM, max_model_len: int, card: int) -> int:
     """KV blocks of one card: as configured, else what its own memory holds. `ValueError` if that is too little."""
     if config.num_kvcache_blocks is not None:
         given = config.num_kvcache_blocks
         return given[card] if isinstance(given, tuple) else given
-    dtype_bytes = model.dtype.itemsize
-    block_bytes = model_config.kv_bytes_per_token(dtype_bytes) * config.kvcache_block_size
+    block_bytes = model.config.kv_bytes_per_token(model.dtype.itemsize) * config.kvcache_block_size
     # Every sequence at its longest, and the reserve behind which the last of them is admitted.
     useful = config.max_num_seqs * (-(-max_model_len // config.kvcache_block_size) + 1) + config.steps_ahead
-    if device.type == "cpu":
+    if model.device.type == "cpu":
         return max(2, min(CPU_POOL_BYTES // block_bytes, useful))
-    budget_bytes = gpu_budget_bytes(config, model_config, dtype_bytes, device)
+    budget_bytes = gpu_budget_bytes(config, model)
     if budget_bytes < 2 * block_bytes:
         raise ValueError(
-            f"gpu_memory_utilization={config.gpu_memory_utilization} leaves {budget_bytes} bytes on {device} for KV, "
-            f"two blocks need {2 * block_bytes}"
+            f"gpu_memory_utilization={config.gpu_memory_utilization} leaves {budget_bytes} bytes on {model.device} "
+            f"for KV, two blocks need {2 * block_bytes}"
         )
     return int(min(budget_bytes // block_bytes, max(2, useful)))
 
 
-def gpu_budget_bytes(config: Config, model_config: ModelConfig, dtype_bytes: int, device: torch.device) -> int:
+def gpu_budget_bytes(config: Config, model: Qwen3ForCausalLM) -> int:
     """Bytes for KV pages: the allowed share of the card, less what is in use and what one full step may take."""
-    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    in_use_bytes = total_bytes - free_bytes
-    width = max(model_config.intermediate_size * 2, model_config.q_size + 2 * model_config.kv_size)
-    step_bytes = config.max_num_batched_tokens * width * dtype_bytes * ACTIVATION_ROWS
-    logits_bytes = config.max_num_seqs * model_config.vocab_size * 4 * ACTIVATION_ROWS
+    free_bytes, total_bytes = torch.cuda.mem_get_info(model.device)
+    in_use_bytes, sizes = total_bytes - free_bytes, model.config
+    width = max(sizes.intermediate_size * 2, sizes.q_size + 2 * sizes.kv_size)
+    step_bytes = config.max_num_batched_tokens * width * model.dtype.itemsize * ACTIVATION_ROWS
+    logits_bytes = config.max_num_seqs * sizes.vocab_size * 4 * ACTIVATION_ROWS
     return int(total_bytes * config.gpu_memory_utilization) - in_use_bytes - step_bytes - logits_bytes

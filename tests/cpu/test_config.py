@@ -259,8 +259,8 @@ def test_pools_on_the_cpu_are_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
         assert llm.stats()["card0"]["decode_steps"] == 5, "side by side, though each is as long as it may be"
         assert all(len(answer.outputs[0].token_ids) == 6 for answer in answers)
     large = load_model_config(write_config(tmp_path, num_hidden_layers=28, num_key_value_heads=2, head_dim=128))
-    model: Any = SimpleNamespace(dtype=torch.float32)
-    num_blocks = count_blocks(Config("m"), large, 4096, model, torch.device("cpu"), 0)
+    model: Any = SimpleNamespace(config=large, dtype=torch.float32, device=torch.device("cpu"))
+    num_blocks = count_blocks(Config("m"), model, 4096, 0)
     assert 0.9 < num_blocks * large.kv_bytes_per_token(4) * 64 / 2**30 <= 1
 
 
