@@ -131,15 +131,13 @@ class Config:
         _integer("max_model_len", self.max_model_len, 2, 1 << 24)
         _integer("max_num_seqs", self.max_num_seqs, 1, 1 << 16)
         _integer("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 24)
-        if self.run_ahead is not None:
-            _integer("run_ahead", self.run_ahead, 1, MAX_RUN_AHEAD)
+        _optional_integer("run_ahead", self.run_ahead, 1, MAX_RUN_AHEAD)
         _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
         utilization = self.gpu_memory_utilization
-        if not isinstance(utilization, (int, float)) or isinstance(utilization, bool) or not 0 < utilization <= 1:
+        if not _is_positive(utilization) or utilization > 1:
             raise ValueError(f"gpu_memory_utilization={shown(utilization)} must be in (0, 1]")
         slo_ms = self.itl_slo_ms
-        is_number = isinstance(slo_ms, (int, float)) and not isinstance(slo_ms, bool)
-        if slo_ms is not None and not (is_number and 0 < slo_ms <= MOST_MS):
+        if slo_ms is not None and (not _is_positive(slo_ms) or slo_ms > MOST_MS):
             raise ValueError(f"itl_slo_ms={shown(slo_ms)} must be None or milliseconds above 0, at most {MOST_MS}")
         if not _is_positive(self.hang_limit_s) or self.hang_limit_s > MOST_HANG_S:
             raise ValueError(
@@ -147,9 +145,8 @@ class Config:
             )
         for count in self._block_counts():
             _integer("num_kvcache_blocks", count, 2, 1 << 31)
-        for name in ("decode_backlog_high", "decode_backlog_low"):
-            if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 0 if name.endswith("low") else 1, 1 << 31)
+        _optional_integer("decode_backlog_high", self.decode_backlog_high, 1, 1 << 31)
+        _optional_integer("decode_backlog_low", self.decode_backlog_low, 0, 1 << 31)
         if self.backlog_low >= self.backlog_high:
             raise ValueError(
                 f"decode_backlog_low={self.backlog_low} must be below decode_backlog_high={self.backlog_high}"
@@ -168,9 +165,8 @@ class Config:
             )
 
     def _check_pipeline(self) -> None:
-        for name in ("decode_attention_sm", "decode_ffn_sm"):
-            if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 1, MOST_SMS)
+        _optional_integer("decode_attention_sm", self.decode_attention_sm, 1, MOST_SMS)
+        _optional_integer("decode_ffn_sm", self.decode_ffn_sm, 1, MOST_SMS)
         if not self.enable_decode_pipeline:
             return
         if not self.enable_two_gpu_pd:
@@ -239,3 +235,8 @@ def _is_positive(value: object) -> bool:
 def _integer(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ValueError(f"{name}={shown(value)} must be an integer from {low} to {high}")
+
+
+def _optional_integer(name: str, value: object, low: int, high: int) -> None:
+    if value is not None:
+        _integer(name, value, low, high)
