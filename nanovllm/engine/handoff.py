@@ -141,11 +141,9 @@ class Handoff:
         fresh = full - len(cached) + private * len(group.sequences)
         if not self._has_room(group.decode_card, cached, fresh, reserve_blocks):
             return False
-        shared, num_fresh = cached, full - len(cached) + private
         for sequence in group.sequences:
             sequence.lease = SequenceLease(self.managers)
-            table = sequence.lease.take(group.decode_card, shared, num_fresh)
-            shared, num_fresh = table[:full], private  # siblings share the prompt's full blocks
+        self._open_decode_tables(group, full, cached, private)
         return True
 
     def _admit_two(
@@ -164,16 +162,17 @@ class Handoff:
         assert lease is not None
         lease.take(group.prefill_card, cached, fresh)
         if group.needs_decode:
-            self._open_decode_tables(group, full, resident)
+            group.num_mirrored_blocks = len(resident)
+            self._open_decode_tables(group, full, resident, private=1)
         return True
 
-    def _open_decode_tables(self, group: PrefillGroup, full: int, resident: list[int]) -> None:
-        group.num_mirrored_blocks = len(resident)
-        shared, num_fresh = resident, full - len(resident) + 1
+    def _open_decode_tables(self, group: PrefillGroup, full: int, held: list[int], private: int) -> None:
+        """Siblings share the prompt's full blocks, of which the card holds some; each has so many private ones."""
+        shared, num_fresh = held, full - len(held) + private
         for sequence in group.sequences:
             assert sequence.lease is not None
             table = sequence.lease.take(group.decode_card, shared, num_fresh)
-            shared, num_fresh = table[:full], 1
+            shared, num_fresh = table[:full], private
 
     def _has_room(self, card: int, shared: list[int], num_fresh: int, reserve_blocks: int) -> bool:
         manager = self.managers[card]
