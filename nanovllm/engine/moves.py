@@ -47,15 +47,9 @@ class Moves:
         plan = self._plan
         if self._hand_off(sequence) if sequence.card != plan.decode_card else self._evacuate(sequence):
             return
-        batch = plan.batches[sequence.card]
-        batch.remove(sequence)
-        batch.num_living -= 1
         if sequence.card == plan.prefill_card:
             plan.handoff.write_back(sequence, plan.prefill_card)
-        assert sequence.lease is not None
-        sequence.lease.release()
-        sequence.lease, sequence.num_kv_tokens = None, 0
-        sequence.move_to(State.WAITING)
+        plan.drop_kv(sequence)
         plan.placement.wait(PrefillGroup([sequence]))
         plan.counts["recomputes"] += 1
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nanovllm.engine.decode_batch import DecodeBatch
-from nanovllm.engine.request_states import State
 from nanovllm.engine.sequence import PrefillGroup, Sequence
 from nanovllm.engine.shards import CopyShard, Shard
 
@@ -50,11 +49,7 @@ class Recovery:
             self._plan.placement.wait(PrefillGroup(sequences))
 
     def _let_go(self, sequence: Sequence) -> None:
-        self._plan._leave_queue(sequence)
-        assert sequence.lease is not None
-        sequence.lease.release()
-        sequence.lease, sequence.num_kv_tokens = None, 0
-        sequence.move_to(State.WAITING)
+        self._plan.drop_kv(sequence)
         self._plan.counts["prefilled_again"] += 1
 
     # -- a card

@@ -313,6 +313,14 @@ class Scheduler:
             self.counts["write_backs_skipped"] += copied is None
             self.counts["write_backs"] += bool(copied)
 
+    def drop_kv(self, sequence: Sequence) -> None:
+        """It holds nothing any more, but for its tokens, and waits to be prefilled again."""
+        self._leave_queue(sequence)
+        assert sequence.lease is not None
+        sequence.lease.release()
+        sequence.lease, sequence.num_kv_tokens = None, 0
+        sequence.move_to(State.WAITING)
+
     def _leave_queue(self, sequence: Sequence) -> None:
         if sequence.state in LIVES_TO_DECODE:
             self.batches[sequence.card].num_living -= 1
