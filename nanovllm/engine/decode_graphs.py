@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.compile_ahead import OWN_KERNEL_ROWS, launch_side_by_side
+from nanovllm.engine.graph_capture import captured
 from nanovllm.engine.kv_cache import KVCache
 from nanovllm.engine.slot_packets import SlotPackets
 from nanovllm.engine.slot_state import ALIVE, MIN_TOKENS, SlotState
@@ -86,16 +87,7 @@ class DecodeGraphs:
 
     def graph_of(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """Capture what `run` queues on the current stream, after having run it once, with memory of the shared pool."""
-        run()  # compiles what is not compiled yet, and warms the libraries' workspaces
-        graph = torch.cuda.CUDAGraph()
-        with self._capturing(graph):
-            run()
-        return graph
-
-    def _capturing(self, graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
-        """On the current stream. thread_local: another engine of this process may allocate and wait meanwhile."""
-        stream = torch.cuda.current_stream()
-        return torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local")
+        return captured(run, self.pool)[0]
 
     def rehearse(self) -> None:
         """Launch each graph once, for the null slot: at its first launch the driver takes memory for it."""

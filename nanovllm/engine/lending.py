@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from green_ctx import GreenContextError
+from nanovllm.engine.graph_capture import free_bytes
 from nanovllm.engine.green_manager import GreenManager, Split, give_back
 from nanovllm.engine.pipeline_ways import PARTITION_TOOLS, PartitionTools
 from nanovllm.engine.prefill_graphs import PrefillGraphs
@@ -47,10 +48,10 @@ class Lending:
         self._decode, self._manager, self._tools = decode, manager, tools
         self.split: Split = manager.current
         self._decode_stream, self.stream = self.split.attention_stream, self.split.ffn_stream
-        started, free_bytes = time.perf_counter(), _free_bytes(decode.slots.device)
+        started, before = time.perf_counter(), free_bytes(decode.slots.device)
         self._capture_decode()
         self._capture_prefill(max_tokens)
-        num_graphs, taken_bytes = len(self._graphs), free_bytes - _free_bytes(decode.slots.device)
+        num_graphs, taken_bytes = len(self._graphs), before - free_bytes(decode.slots.device)
         self.pinned_ids = PinnedIds(RESULT_BUFFERS, decode.max_num_seqs)
         taken = f"{time.perf_counter() - started:.1f} s, {taken_bytes / 1e6:.0f} MB"
         logger.info("lending %d:%d SMs: %d graphs of decode steps, %s", *self.split.granted, num_graphs, taken)
@@ -131,8 +132,3 @@ def start_lending(
         logger.warning(FAILED, error)
         give_back(manager)
         return None
-
-
-def _free_bytes(device: torch.device) -> int:
-    torch.cuda.empty_cache()
-    return int(torch.cuda.mem_get_info(device)[0])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from nanovllm.engine.graph_capture import free_bytes
 from nanovllm.engine.pipeline_order import Lane
 from nanovllm.engine.pipeline_step import MicroBatch, Stages, State, decode_step, split_rows
 from nanovllm.engine.pipeline_ways import PipelinedWay
@@ -111,11 +112,9 @@ class PipelineGraphs:
     def _measured(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
         self.decode.set_slots(())  # of the run ahead of the capture: no row belongs to anybody
         device = self.decode.slots.device
-        torch.cuda.empty_cache()
-        before = torch.cuda.mem_get_info(device)[0]
+        before = free_bytes(device)
         graph = self.decode.graph_of(run)
-        torch.cuda.empty_cache()
-        self.graph_bytes += max(0, before - torch.cuda.mem_get_info(device)[0])
+        self.graph_bytes += max(0, before - free_bytes(device))
         return graph
 
     def _run(self, way: PipelinedWay, bucket: int) -> None:

@@ -12,12 +12,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nanovllm.engine.graph_capture import captured
 from nanovllm.engine.kv_cache import KVCache
 from nanovllm.engine.shards import PrefillShard
 from nanovllm.engine.step_sizes import MAX_SEQUENCES
@@ -182,11 +184,7 @@ class PrefillGraphs:
         torch.cuda.synchronize(self.kv_cache.device)
 
     def _capture(self, size: int, pool: Any) -> None:
-        self._run(size)  # compiles what is not compiled yet, and warms the libraries' workspaces
-        self._graphs[size] = graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.current_stream()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self._logits[size] = self._run(size)
+        self._graphs[size], self._logits[size] = captured(partial(self._run, size), pool)
 
     def rehearse(self) -> None:
         """As of decode graphs; the prompts are empty."""

@@ -113,7 +113,7 @@ def card(no_card: None, monkeypatch: pytest.MonkeyPatch) -> FakeCard:
     monkeypatch.setattr(PrefillGraphs, "_capture", capture)
     monkeypatch.setattr(torch.cuda, "stream", card.stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: card.current)
-    monkeypatch.setattr(lending, "_free_bytes", lambda device: 0)
+    monkeypatch.setattr(lending, "free_bytes", lambda device: 0)
     buffers = SimpleNamespace(
         fetch=lambda ids: ids, read=lambda ids, rows: ids.tolist(), clear=lambda: card.log.append("buffers freed")
     )
