@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import logging
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -51,7 +52,8 @@ class FlashAttention(AttentionBackend):
         if not meta.host_query_lens:  # a captured step: its lengths are on the card alone, FA3's launches follow them
             return self.fallback.prefill(q_THD, k_pages, v_pages, meta, out)
         if self.fa3 is not None:
-            return _put(self._fa3_prefill(self.fa3, q_THD, k_pages, v_pages, meta), out)
+            lengths = {"cu_seqlens_q": meta.cu_seqlens_q, "max_seqlen_q": meta.max_query_tokens}
+            return _put(self._attend_pages(self.fa3, q_THD, k_pages, v_pages, meta, **lengths), out)
         if self.fa2 is not None and meta.host_query_lens == meta.host_context_lens:
             return _put(self._fa2_prefill(self.fa2, q_THD, k_pages, v_pages, meta), out)
         return self.fallback.prefill(q_THD, k_pages, v_pages, meta, out)
@@ -64,31 +66,27 @@ class FlashAttention(AttentionBackend):
     ) -> Tensor:
         if self.fa3 is None:
             return self.fallback.decode(q_BHD, k_pages, v_pages, meta, out)
-        out_B1HD = self.fa3.flash_attn_with_kvcache(
-            q_BHD.unsqueeze(1),
-            k_pages,
-            v_pages,
-            cache_seqlens=meta.context_lens,
-            page_table=_used_columns(meta.block_tables, meta.max_context_tokens, k_pages),
-            causal=True,
-            sm_margin=self._sm_margin(q_BHD),
-        )
-        return _put(out_B1HD.squeeze(1), out)
+        return _put(self._attend_pages(self.fa3, q_BHD.unsqueeze(1), k_pages, v_pages, meta).squeeze(1), out)
 
-    def _fa3_prefill(
-        self, fa3: ModuleType, q_THD: Tensor, k_pages: Tensor, v_pages: Tensor, meta: PrefillMetadata
+    def _attend_pages(
+        self,
+        fa3: ModuleType,
+        q: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        meta: PrefillMetadata | DecodeMetadata,
+        **query_lengths: Any,
     ) -> Tensor:
         """The causal mask is aligned to the bottom right: the last query sees the whole context."""
         return fa3.flash_attn_with_kvcache(
-            q_THD,
+            q,
             k_pages,
             v_pages,
             cache_seqlens=meta.context_lens,
             page_table=_used_columns(meta.block_tables, meta.max_context_tokens, k_pages),
-            cu_seqlens_q=meta.cu_seqlens_q,
-            max_seqlen_q=meta.max_query_tokens,
             causal=True,
-            sm_margin=self._sm_margin(q_THD),
+            sm_margin=0 if self.num_sms is None else count_sms(q.device) - self.num_sms,  # it knows the whole card only
+            **query_lengths,
         )
 
     def _fa2_prefill(
@@ -106,10 +104,6 @@ class FlashAttention(AttentionBackend):
             meta.max_query_tokens,
             causal=True,
         )
-
-    def _sm_margin(self, q: Tensor) -> int:
-        """SMs that FA3 is to leave alone: it knows only the whole card."""
-        return 0 if self.num_sms is None else count_sms(q.device) - self.num_sms
 
 
 def find_module(name: str) -> ModuleType | None:
