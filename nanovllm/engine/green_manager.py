@@ -104,7 +104,7 @@ def plan_split(card: CardSms, asked: SmCounts) -> SplitPlan:
 
 
 class GreenManager:
-    """Splits of one card into two SM partitions. Made by `allocate`, kept until `close`; one of them is current.
+    """Splits of one card into two SM partitions. Made by `prepare`, kept until `close`; one of them is current.
 
     device: of the card. attention_sm, ffn_sm: SMs of the first split; None: the rest of the card, or both None: half of
     it each. enable_rebalance: whether `rebalance` may move to another one.
@@ -126,8 +126,7 @@ class GreenManager:
         self._switches = 0
         self._busy_s = [0.0, 0.0, 0.0]  # attention, FFN, wall
         self._warned_idle = False
-        self.allocate(attention_sm, ffn_sm)
-        self.current = next(iter(self._splits.values()))
+        self.current = self.prepare(attention_sm, ffn_sm)
 
     def allocate(self, attention_sm: int | None, ffn_sm: int | None) -> tuple[Any, Any]:
         """Streams of the split asked for, (attention's, FFN's), the same ones for the same SMs; milliseconds once.
