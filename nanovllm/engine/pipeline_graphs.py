@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanovllm.engine.graph_capture import free_bytes
 from nanovllm.engine.pipeline_order import Lane
-from nanovllm.engine.pipeline_step import MicroBatch, Stages, State, decode_step, split_rows
+from nanovllm.engine.pipeline_step import MicroBatch, StageRun, Stages, State, decode_step, split_rows
 from nanovllm.engine.pipeline_ways import PipelinedWay
 
 if TYPE_CHECKING:  # a CPU build of torch comes without Triton
@@ -106,8 +106,12 @@ class PipelineGraphs:
     def capture_timed(self, way: str, bucket: int) -> None:
         """The same once more, with timing events."""
         timer = StageTimer(self.ways[way].stages, _external_event)
-        graph = self._measured(partial(self._run_timed, self.ways[way], bucket, timer))
-        self._timed[way, bucket] = graph, timer
+
+        def run() -> None:
+            timer.clear()  # of the run ahead of the capture
+            self._run(self.ways[way], bucket, timer.run)
+
+        self._timed[way, bucket] = self._measured(run), timer
 
     def _measured(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
         self.decode.set_slots(())  # of the run ahead of the capture: no row belongs to anybody
@@ -117,18 +121,11 @@ class PipelineGraphs:
         self.graph_bytes += max(0, before - free_bytes(device))
         return graph
 
-    def _run(self, way: PipelinedWay, bucket: int) -> None:
-        decode_step(way.stages, way.lanes, self._batches(bucket), self.decode.logits_BV[:bucket])
-
-    def _run_timed(self, way: PipelinedWay, bucket: int, timer: StageTimer) -> None:
-        timer.clear()  # of the run ahead of the capture
-        batches, logits_BV = self._batches(bucket), self.decode.logits_BV[:bucket]
-        decode_step(way.stages, way.lanes, batches, logits_BV, timer.run)
-
-    def _batches(self, bucket: int) -> list[MicroBatch]:
+    def _run(self, way: PipelinedWay, bucket: int, run: StageRun | None = None) -> None:
         """Rows of `DecodeGraphs.set_slots`, in micro-batches."""
         parts = split_rows(bucket, self.num_micro_batches)
-        return [MicroBatch(*self.decode.inputs(rows.stop, rows.start)) for rows in parts]
+        batches = [MicroBatch(*self.decode.inputs(rows.stop, rows.start)) for rows in parts]
+        decode_step(way.stages, way.lanes, batches, self.decode.logits_BV[:bucket], run)
 
     def has(self, way: str, bucket: int) -> bool:
         return (way, bucket) in self._graphs

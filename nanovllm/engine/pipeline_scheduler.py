@@ -21,7 +21,7 @@ from nanovllm.engine.green_manager import GreenManager, Split
 from nanovllm.engine.pipeline_choice import SEQUENTIAL, ChoiceRules, Place, PlaceChoice, Step, WayChoice, context_bucket
 from nanovllm.engine.pipeline_graphs import StageTimer
 from nanovllm.engine.pipeline_order import Item, attention_queue, ffn_queue
-from nanovllm.engine.step_handle import StepHandle
+from nanovllm.engine.step_handle import StepHandle, timed_event
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
 logger = logging.getLogger("nanovllm.engine.pipeline")
@@ -68,9 +68,7 @@ class CudaClock:
     """Timing events on the current stream."""
 
     def mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return timed_event()
 
     def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float | None:
         return begin.elapsed_time(end) / 1e3 if end.query() else None
