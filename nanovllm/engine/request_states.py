@@ -36,11 +36,6 @@ TRANSITIONS: dict[tuple[State, State], Move] = (
         (State.COPYING, State.READY): Move("copy result", True, "the last copy ended"),
         (State.READY, State.DECODING): Move("decode admission", False, "a slot was free"),
         (State.READY, State.EVACUATING): Move("decode card full", False, "it was the youngest"),
-        (State.READY, State.WAITING): Move(
-            "both cards full, or fault",
-            False,
-            "it was the youngest, or its card was given up; its KV is computed again",
-        ),
         (State.READY, State.RETURNING): Move(
             "hand-off", False, "card 0 kept it; prompts queue and the decode card has room"
         ),
@@ -48,15 +43,18 @@ TRANSITIONS: dict[tuple[State, State], Move] = (
         (State.DECODING, State.EVACUATING): Move(
             "decode card full", False, "it was the youngest; or card 0 takes it over"
         ),
-        (State.DECODING, State.WAITING): Move(
-            "both cards full, or fault",
-            False,
-            "it was the youngest, or its card was given up; its KV is computed again",
-        ),
         (State.EVACUATING, State.EVACUATED): Move("copy result", True, "the copy to the prefill card ended"),
         (State.EVACUATING, State.READY): Move("copy result", True, "it was taken over: card 0 decodes it from now on"),
         (State.EVACUATED, State.RETURNING): Move("return admission", False, "the decode card has room again"),
         (State.RETURNING, State.READY): Move("copy result", True, "the copy back ended"),
+    }
+    | {
+        (state, State.WAITING): Move(
+            "both cards full, or fault",
+            False,
+            "it was the youngest, or its card was given up; its KV is computed again",
+        )
+        for state in (State.READY, State.DECODING)
     }
     | {
         (state, State.WAITING): Move("fault", False, "a copy or a card was given up; its prompt is prefilled again")
