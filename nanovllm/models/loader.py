@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nanovllm.config import LOAD_FORMATS
 from nanovllm.layers.attention import AttentionBackend
 from nanovllm.models.model_config import ModelConfig, read_json
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
@@ -29,7 +30,6 @@ INDEX_FILE = "model.safetensors.index.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_PATTERNS = ["*.json", "*.safetensors", "merges.txt", "*.jinja"]
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LOAD_FORMATS = ("auto", "dummy")
 MISSING_FACTOR = 2  # tensors of up to half of a checkpoint may be missing, and are named one by one
 STAGING_BYTES = 64 << 20  # of each pinned buffer: long enough to hide what a copy costs, short to pin
 
