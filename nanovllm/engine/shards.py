@@ -142,8 +142,5 @@ class StepResult:
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
-    def logprobs_of(self, row: int) -> TokenLogprobs | None:
-        return self.logprobs[row] if self.logprobs else None
-
 
 Shard = PrefillShard | DecodeShard | MixedShard | CopyShard

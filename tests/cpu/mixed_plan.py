@@ -153,7 +153,7 @@ def separate(runner: ModelRunner, shard: MixedShard) -> StepResult:
 
 
 def joined(first: StepResult, num_first: int, rows: StepResult, num_rows: int) -> StepResult:
-    logprobs = [result.logprobs_of(i) for result, n in ((first, num_first), (rows, num_rows)) for i in range(n)]
+    logprobs = [*(first.logprobs or [None] * num_first), *(rows.logprobs or [None] * num_rows)]
     return StepResult(first.token_ids + rows.token_ids, logprobs)
 
 
