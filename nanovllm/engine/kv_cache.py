@@ -58,10 +58,10 @@ class CopyHandle:
 
 
 class KVCache:
-    """`num_blocks` blocks of `block_size` tokens, plus `null_blocks` that padding rows may write to.
+    """`num_blocks` blocks of `block_size` tokens, and behind them the null block, which padding rows may write to.
 
-    pages: one tensor [num_blocks + null_blocks, layers, 2, block_size, kv_heads, head_dim]: a block is one
-    contiguous run of `block_bytes`. `null_block` (= `num_blocks`) is the first null block's id.
+    pages: one tensor [num_blocks + 1, layers, 2, block_size, kv_heads, head_dim]: a block is one contiguous run of
+    `block_bytes`. `null_block` (= `num_blocks`) is that block's id.
     """
 
     def __init__(
@@ -71,13 +71,12 @@ class KVCache:
         model_config: ModelConfig,
         dtype: torch.dtype,
         device: torch.device,
-        null_blocks: int = 1,
     ) -> None:
-        assert num_blocks > 0 and block_size > 0 and null_blocks > 0, (num_blocks, block_size, null_blocks)
+        assert num_blocks > 0 and block_size > 0, (num_blocks, block_size)
         self.num_blocks, self.block_size, self.null_block = num_blocks, block_size, num_blocks
         heads, head_dim = model_config.num_key_value_heads, model_config.head_dim
         block_shape = (model_config.num_hidden_layers, 2, block_size, heads, head_dim)
-        self.pages = torch.zeros(num_blocks + null_blocks, *block_shape, dtype=dtype, device=device)
+        self.pages = torch.zeros(num_blocks + 1, *block_shape, dtype=dtype, device=device)
         self.device = self.pages.device  # with its index, also where the caller said only "cuda"
         self.blocks = self.pages.unbind(0)  # a view each
         self.block_bytes = self.pages[0].nbytes
