@@ -45,13 +45,6 @@ class Qwen3Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, dtype, device)
 
-    def store_heads(
-        self, qkv: Tensor, positions: Tensor, kv_cache: KVCache, metadata: AttentionMetadata, backend: AttentionBackend
-    ) -> Tensor:
-        """Queries [tokens, H, D] of what `qkv_proj` gave, [tokens, q + k + v]; keys and values go to their pages."""
-        pages = kv_cache.layer_view(self.layer)
-        return backend.elementwise.split_qkv(self, qkv, positions, pages, metadata.slot_mapping)
-
     def attend(
         self, q_THD: Tensor, kv_cache: KVCache, metadata: AttentionMetadata, backend: AttentionBackend
     ) -> Tensor:
@@ -116,9 +109,10 @@ class Qwen3DecoderLayer(nn.Module):
         backend: AttentionBackend,
     ) -> tuple[Tensor, Tensor]:
         """Norm, QKV, head norms, RoPE, KV store: (queries [tokens, H, D], new residual)."""
-        qkv_proj = self.self_attn.qkv_proj
-        qkv, residual = backend.elementwise.norm_linear(self.input_layernorm, qkv_proj, hidden, residual)
-        return self.self_attn.store_heads(qkv, positions, kv_cache, metadata, backend), residual
+        attention, elementwise = self.self_attn, backend.elementwise
+        qkv, residual = elementwise.norm_linear(self.input_layernorm, attention.qkv_proj, hidden, residual)
+        pages = kv_cache.layer_view(attention.layer)
+        return elementwise.split_qkv(attention, qkv, positions, pages, metadata.slot_mapping), residual
 
     def project_out(self, attended_THD: Tensor, backend: AttentionBackend) -> Tensor:
         """Output projection of what `attend` gave: the stage's hidden."""
