@@ -60,7 +60,7 @@ class Recovery:
         plan, self._lost = self._plan, card
         self._drop_steps(card)
         plan.handoff.orphan(card)
-        for group in self._groups():
+        for group in plan.groups():
             if card in group.cards:
                 self.give_up(group)
         batch = plan.batches.get(card)
@@ -68,10 +68,6 @@ class Recovery:
         for sequence in (*here, *plan.evacuating, *plan.evacuated, *plan.returning):
             self.prefill_again(sequence)
         self._serve_alone(1 - card)
-
-    def _groups(self) -> list[PrefillGroup]:
-        """Prompts that are prefilled, or on their way to the card that decodes them."""
-        return [*self._plan.copying, *(group for queue in self._plan.prefilling.values() for group in queue)]
 
     def _drop_steps(self, card: int) -> None:
         """No token will come of what this card has launched."""
@@ -119,7 +115,7 @@ class Recovery:
         for card in plan.managers:
             self._drop_steps(card)
             plan.handoff.orphan(card)
-        for group in self._groups():
+        for group in plan.groups():
             self.give_up(group)
         for sequence in plan.living():
             self.prefill_again(sequence)

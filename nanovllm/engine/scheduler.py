@@ -340,10 +340,13 @@ class Scheduler:
         launched = any(manager.launched_steps > manager.completed_steps for manager in self.managers.values())
         return not (queued or self.living() or launched or self.handoff.pending)
 
+    def groups(self) -> list[PrefillGroup]:
+        """Prompts that are prefilled, or on their way to the card that decodes them."""
+        return [*self.copying, *(group for queue in self.prefilling.values() for group in queue)]
+
     def living(self) -> list[Sequence]:
         """Every unfinished sequence that holds blocks."""
-        groups = [group for queue in self.prefilling.values() for group in queue]
-        grouped = [sequence for group in (*groups, *self.copying) for sequence in group.members]
+        grouped = [sequence for group in self.groups() for sequence in group.members]
         decoding = [sequence for batch in self.batches.values() for sequence in (*batch.ready, *batch.running)]
         return [*grouped, *decoding, *self.evacuating, *self.evacuated, *self.returning]
 
