@@ -6,8 +6,8 @@ sequential way takes over from one that is not faster than it. Steps may be in f
 its trials.
 
 A way is tried for several steps in a row: a card that is bound by power gives each way a clock of its own, within some
-tens of milliseconds. Step by step in turn all ways would run at one clock, and those that take less energy, or come
-behind others, would be mistaken for slower ones. Where these trials leave it open whether the fastest other way is
+hundreds of milliseconds. Step by step in turn all ways would run at one clock, and those that take less energy, or
+come behind others, would be mistaken for slower ones. Where these trials leave it open whether the fastest other way is
 worth a change, it, the present one and the sequential one are tried once more, for longer.
 """
 
@@ -123,7 +123,10 @@ class PlaceChoice:
 
     def _doubtful_rival(self, measured_s: dict[str, float]) -> str | None:
         """The fastest way but the present one, if a little more or less would decide whether it is taken."""
-        rival = min((way for way in measured_s if way != self.chosen), key=lambda way: measured_s[way])
+        others = [way for way in measured_s if way != self.chosen]
+        if not others:  # after a drift: all of them were far slower
+            return None
+        rival = min(others, key=lambda way: measured_s[way])
         gain = 1 - measured_s[rival] / measured_s[self.chosen]
         return rival if abs(gain - self.rules.hysteresis) < self.rules.doubt else None
 

@@ -147,6 +147,18 @@ def test_a_clear_gain_and_a_clear_loss_need_no_final() -> None:
         assert choice.chosen == ("44:88" if seconds < 1 else SEQUENTIAL)
 
 
+@pytest.mark.parametrize("in_flight", [0, 3])
+def test_a_drift_where_all_other_ways_are_far_slower_changes_nothing(in_flight: int) -> None:
+    """Then the present way is measured by itself."""
+    choice = PlaceChoice((SEQUENTIAL, "44:88"))
+
+    def cost(way: str, number: int) -> float:
+        return {SEQUENTIAL: 1.0, "44:88": 1.3}[way] * (1.2 if number > 100 else 1.0)
+
+    run_steps(choice, cost, 600, in_flight)
+    assert choice.chosen == SEQUENTIAL and choice.medians_s == {SEQUENTIAL: 1.2, "44:88": 1.3}
+
+
 def test_a_final_is_between_its_ways_alone() -> None:
     """A third way's trials, taken at another clock, do not count against what the final has measured."""
     choice = PlaceChoice((SEQUENTIAL, "28:104", "44:88"), ChoiceRules(trial_steps=1, settle_steps=0))
