@@ -1,5 +1,5 @@
 """Gaps between a card's decode steps, and times from end to end of them, in a trace of `llm.trace`: by decode rows, by
-whether rows changed, and by whether a copy that leaves the card began in the gap.
+whether rows changed, and by whether a copy that leaves the card began in the gap or near it.
 
     python tools/profile_host.py --shape 8b --pd-roles strict --num-prompts 1400 --input-len 512 --output-len 288 \\
         --repeats 1 --trace run.json
@@ -23,13 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench_metrics import percentile
 
 STEPS = ("prefill", "decode", "mixed")
-NEAR_US = 60  # between a step's end and the begin of a copy that waited for it, at most
+NEAR_US = 60  # ahead of a gap and behind it, in which a copy that begins may have to do with it
 
 
 class Step(NamedTuple):
     """A step with decode rows behind another one: milliseconds from that one's end to this one's begin, and to its end.
 
-    `changed`: whether it has other rows, by number, than the step before. `copy_began`: at that one's end.
+    `changed`: whether it has other rows, by number, than the step before. `copy_began`: in the gap, or near it.
     """
 
     rows: int
@@ -52,7 +52,7 @@ def steps_of(events: Iterable[Mapping[str, Any]], card: int) -> list[Step]:
         end = before["ts"] + before["dur"]
         if rows and rows_before:
             times = (span["ts"] - end) / 1e3, (span["ts"] + span["dur"] - end) / 1e3
-            copy_began = any(abs(begin_us - end) < NEAR_US for begin_us in copies_us)
+            copy_began = any(end - NEAR_US < begin_us < span["ts"] + NEAR_US for begin_us in copies_us)
             found.append(Step(rows, *times, rows != rows_before, copy_began))
     return found
 
