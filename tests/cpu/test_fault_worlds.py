@@ -160,9 +160,8 @@ def a_lease_that_is_not_released() -> Iterator[None]:
     """Whatever is prefilled again keeps its old blocks."""
 
     def let_go(self: Recovery, sequence: Sequence) -> None:
-        self._plan._leave_queue(sequence)
-        sequence.lease, sequence.num_kv_tokens = None, 0
-        sequence.move_to(State.WAITING)
+        with patch.object(sequence.lease, "release"):
+            self._plan.drop_kv(sequence)
 
     with patch.object(Recovery, "_let_go", let_go):
         yield
