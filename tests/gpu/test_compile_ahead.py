@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-import threading
 from typing import NoReturn
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from nanovllm.engine.compile_ahead import THREADS, launch_side_by_side
 
 
-def test_all_run_on_the_stream_in_several_threads() -> None:
+@triton.jit
+def _store_kernel(out, number, NUM: tl.constexpr):
+    tl.store(out + NUM, number)
+
+
+def test_all_run_on_the_stream_and_each_kernel_by_its_launcher() -> None:
     stream, device = torch.cuda.Stream(), torch.device("cuda", torch.cuda.current_device())
-    counts, seen = torch.zeros(THREADS, device=device), set()
-    together = threading.Barrier(THREADS)  # passed only if so many run at a time
+    counts, seen = torch.zeros(8 * THREADS, device=device), set()
     stream.wait_stream(torch.cuda.current_stream())
 
     def call(number: int) -> None:
-        together.wait(timeout=30)
         seen.add(torch.cuda.current_stream())
         assert torch.is_inference_mode_enabled()
-        counts[number] += number
+        # Numbers of 64 bits, of 32 bits, and fractions: three launchers, of the same number of arguments.
+        value = (number, number + 2**40, number + 0.5)[number % 3]
+        _store_kernel[(1,)](counts, value, number)
 
-    launch_side_by_side([lambda number=number: call(number) for number in range(THREADS)], stream)  # type: ignore[misc]
+    calls = [lambda number=number: call(number) for number in range(8 * THREADS)]
+    launch_side_by_side(calls, stream)  # type: ignore[arg-type]
     stream.synchronize()
-    assert seen == {stream} and counts.tolist() == list(range(THREADS))
+    wanted = [(number, number + 2**40, number + 0.5)[number % 3] for number in range(8 * THREADS)]
+    assert seen == {stream} and counts.tolist() == torch.tensor(wanted, dtype=torch.float32).tolist()
 
 
 def test_an_error_is_raised() -> None:
