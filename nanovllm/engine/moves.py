@@ -1,7 +1,8 @@
 """Sequences that leave the card they decode on: a card that is full, hand-offs, take-overs. Touches no tensor.
 
 Eviction makes room for those that wait for a block: to the other card, from which they come back, or back to the
-queue. With elastic roles, card 0 hands off what it kept when prompts queue, and takes over when none do.
+queue. With elastic roles, card 0 hands off what it kept when prompts queue; while none do, the cards share what there
+is to decode.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from nanovllm.engine.scheduler import Scheduler
 
 MOVES_IN_FLIGHT = 16  # of sequences between the cards at a time: each waits for the copies before its own
-BALANCE_AFTER_S = 0.25  # for which card 0 had no prompt, before it takes over part of a batch of
-BALANCE_ROWS = 32  # more than twice its own
+BALANCE_AFTER_S = 0.25  # for which card 0 had no prompt, before it takes over part of a batch
+BALANCE_ROWS = 32  # of the larger batch, beyond twice the smaller
 
 
 class Moves:
@@ -113,8 +114,8 @@ class Moves:
         return len(self._plan.evacuating) + len(self._plan.returning)
 
     def balance(self) -> None:
-        """Card 0, without a prompt, takes over what finds no slot on the decode card; after a while, part of a large
-        batch there, a few at a time. The youngest first."""
+        """While card 0 has no prompt: what finds no slot on the decode card goes to card 0, and of a batch more than
+        twice the other's half the difference goes there, to card 0 only after a while."""
         plan = self._plan
         main, own = plan.main_batch, plan.batches[plan.prefill_card]
         steps = plan.managers[main.card].last_main_step
@@ -123,15 +124,19 @@ class Moves:
             return
         seconds = (steps - self._last_busy_step) * plan.pace.decode_s[main.card]
         taken = own.num_living + len(plan.evacuating)
-        candidates: Iterable[Sequence] = main.ready if not main.free_slots else []
-        count = min(plan.config.max_num_seqs - taken, MOVES_IN_FLIGHT - self._num_moving)
-        if not candidates:
-            if seconds < BALANCE_AFTER_S or len(main.running) < 2 * taken + BALANCE_ROWS:
-                return
-            candidates = main.running
-            count = min(count, (len(main.running) - taken) // 2)
-        for sequence in heapq.nlargest(count, candidates, key=lambda sequence: sequence.order):
-            if not self._take_over(sequence):
+        room = plan.config.max_num_seqs - taken
+        if len(own.running) >= 2 * main.num_living + BALANCE_ROWS:
+            self._move_youngest(own.running, (len(own.running) - main.num_living) // 2, self._hand_off)
+        elif main.ready and not main.free_slots:
+            self._move_youngest(main.ready, room, self._take_over)
+        elif seconds >= BALANCE_AFTER_S and len(main.running) >= 2 * taken + BALANCE_ROWS:
+            self._move_youngest(main.running, min(room, (len(main.running) - taken) // 2), self._take_over)
+
+    def _move_youngest(self, batch: Iterable[Sequence], count: int, begin: Callable[[Sequence], bool]) -> None:
+        """So many of a batch, as far as few move at a time: most of their answers is still to come."""
+        count = min(count, MOVES_IN_FLIGHT - self._num_moving)
+        for sequence in heapq.nlargest(count, batch, key=lambda sequence: sequence.order):
+            if not begin(sequence):
                 return
 
     def _take_over(self, sequence: Sequence) -> bool:

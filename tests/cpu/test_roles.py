@@ -330,6 +330,27 @@ def test_not_before_it_has_been_idle_for_a_while(monkeypatch: pytest.MonkeyPatch
     plan.drain()
 
 
+def test_card_0_gives_half_of_what_it_kept_to_an_idle_card_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a burst: what card 1 had slots for has ended, no prompt is left, and card 0 decodes the rest."""
+    plan = busy_plan(monkeypatch, num_sequences=8, after_s=math.inf)
+    for _ in range(4):
+        plan.add(9, max_tokens=40)
+    rest = plan.sequences[8:]
+    way = PrefillShard, CopyShard, MixedShard, DecodeShard
+    plan.run(*way, until=lambda: all(s.card == 0 and s.slot is not None for s in rest))
+    for sequence in plan.sequences[:8]:
+        plan.scheduler.finish(sequence, "abort")
+    plan.turn(DecodeShard)
+    assert [sequence.state for sequence in rest] == [State.DECODING] * 2 + [State.RETURNING] * 2  # the youngest move
+    plan.run(CopyShard, DecodeShard, until=lambda: all(sequence.slot is not None for sequence in rest))
+    assert [sequence.card for sequence in rest] == [0, 0, 1, 1] and plan.scheduler.counts["hand_offs"] == 2
+    for _ in range(8):  # and there they stay
+        plan.turn(DecodeShard)
+    assert plan.scheduler.counts["hand_offs"] == 2 and plan.count(State.DECODING) == 4
+    plan.drain()
+    assert all(sequence.num_output_tokens == 40 for sequence in rest)
+
+
 @pytest.mark.parametrize("reason", ["abort", "stop"])
 @pytest.mark.parametrize("moment", range(4))
 @pytest.mark.parametrize("way", [State.EVACUATING, State.RETURNING])
