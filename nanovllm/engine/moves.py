@@ -114,8 +114,8 @@ class Moves:
         return len(self._plan.evacuating) + len(self._plan.returning)
 
     def balance(self) -> None:
-        """While card 0 has no prompt: what finds no slot on the decode card goes to card 0, and of a batch more than
-        twice the other's half the difference goes there, to card 0 only after a while."""
+        """While card 0 has no prompt, what finds no slot on the decode card goes to card 0. And if one card's batch is
+        more than twice the other's, half the difference moves to the smaller one; to card 0 only after a while."""
         plan = self._plan
         main, own = plan.main_batch, plan.batches[plan.prefill_card]
         steps = plan.managers[main.card].last_main_step
@@ -124,13 +124,33 @@ class Moves:
             return
         seconds = (steps - self._last_busy_step) * plan.pace.decode_s[main.card]
         taken = own.num_living + len(plan.evacuating)
-        room = plan.config.max_num_seqs - taken
         if len(own.running) >= 2 * main.num_living + BALANCE_ROWS:
-            self._move_youngest(own.running, (len(own.running) - main.num_living) // 2, self._hand_off)
+            self._give_back(own, (len(own.running) - main.num_living) // 2)
         elif main.ready and not main.free_slots:
-            self._move_youngest(main.ready, room, self._take_over)
+            self._move_youngest(main.ready, plan.config.max_num_seqs - taken, self._take_over)
         elif seconds >= BALANCE_AFTER_S and len(main.running) >= 2 * taken + BALANCE_ROWS:
-            self._move_youngest(main.running, min(room, (len(main.running) - taken) // 2), self._take_over)
+            self._move_youngest(main.running, (len(main.running) - taken) // 2, self._take_over)
+
+    def _give_back(self, own: DecodeBatch, count: int) -> None:
+        """To the decode card, as long as its blocks last for whole answers of those who come and who are there: who has
+        to leave it again waits on card 0 for blocks, and answers nobody."""
+        plan, card = self._plan, self._plan.decode_card
+        if self._num_moving >= MOVES_IN_FLIGHT:
+            return
+        room = plan.managers[card].num_free_blocks
+        room -= sum(self._missing_blocks(each, card) for each in plan.living() if each.card == card)
+
+        def begin(sequence: Sequence) -> bool:
+            nonlocal room
+            room -= self._missing_blocks(sequence, card)
+            return room >= 0 and self._hand_off(sequence)
+
+        self._move_youngest(own.running, count, begin)
+
+    def _missing_blocks(self, sequence: Sequence, card: int) -> int:
+        """Those that its longest answer would still take there."""
+        assert sequence.lease is not None
+        return -(-sequence.max_length // self._plan.block_size) - len(sequence.lease.tables.get(card, ()))
 
     def _move_youngest(self, batch: Iterable[Sequence], count: int, begin: Callable[[Sequence], bool]) -> None:
         """So many of a batch, as far as few move at a time: most of their answers is still to come."""

@@ -37,7 +37,7 @@ TRANSITIONS: dict[tuple[State, State], Move] = (
         (State.READY, State.DECODING): Move("decode admission", False, "a slot was free"),
         (State.READY, State.EVACUATING): Move("decode card full", False, "it was the youngest"),
         (State.READY, State.RETURNING): Move(
-            "hand-off", False, "card 0 kept it; prompts queue and the decode card has room"
+            "hand-off", False, "card 0 kept it; prompts queue, or the decode card has few, and has room"
         ),
         (State.DECODING, State.RETURNING): Move("hand-off", False, "card 0 decoded it; as above"),
         (State.DECODING, State.EVACUATING): Move(

@@ -312,6 +312,7 @@ def test_few_of_those_without_a_slot_move_at_a_time(monkeypatch: pytest.MonkeyPa
     while not plan.scheduler.idle:
         plan.schedule()
         most = max(most, plan.count(State.EVACUATING))
+        assert plan.scheduler.batches[0].num_living + plan.count(State.EVACUATING) <= 4, "more than its slots"
         plan.turn(CopyShard, PrefillShard, MixedShard, DecodeShard)
     assert most == 2 and plan.scheduler.counts["taken_over"] > 2
 
@@ -330,25 +331,59 @@ def test_not_before_it_has_been_idle_for_a_while(monkeypatch: pytest.MonkeyPatch
     plan.drain()
 
 
-def test_card_0_gives_half_of_what_it_kept_to_an_idle_card_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The end of a burst: what card 1 had slots for has ended, no prompt is left, and card 0 decodes the rest."""
-    plan = busy_plan(monkeypatch, num_sequences=8, after_s=math.inf)
-    for _ in range(4):
-        plan.add(9, max_tokens=40)
-    rest = plan.sequences[8:]
+# -- card 0 gives back
+
+
+def burst_plan(monkeypatch: pytest.MonkeyPatch, max_tokens: int = 60) -> Plan:
+    """No prompt is left: card 1 decodes the first eight, one of them with `max_tokens`, card 0 the last eight."""
+    monkeypatch.setattr(moves, "BALANCE_AFTER_S", math.inf)
+    monkeypatch.setattr(moves, "BALANCE_ROWS", 2)
+    plan = elastic(200, 200, max_num_seqs=8)
+    for number in range(16):
+        plan.add(9, max_tokens=60 if number else max_tokens)
+    kept = plan.sequences[8:]
     way = PrefillShard, CopyShard, MixedShard, DecodeShard
-    plan.run(*way, until=lambda: all(s.card == 0 and s.slot is not None for s in rest))
-    for sequence in plan.sequences[:8]:
+    plan.run(*way, until=lambda: all(s.card == 0 and s.slot is not None for s in kept))
+    return plan
+
+
+def leave_on_card_1(plan: Plan, count: int) -> None:
+    for sequence in plan.sequences[count:8]:
         plan.scheduler.finish(sequence, "abort")
     plan.turn(DecodeShard)
-    assert [sequence.state for sequence in rest] == [State.DECODING] * 2 + [State.RETURNING] * 2  # the youngest move
-    plan.run(CopyShard, DecodeShard, until=lambda: all(sequence.slot is not None for sequence in rest))
-    assert [sequence.card for sequence in rest] == [0, 0, 1, 1] and plan.scheduler.counts["hand_offs"] == 2
-    for _ in range(8):  # and there they stay
-        plan.turn(DecodeShard)
-    assert plan.scheduler.counts["hand_offs"] == 2 and plan.count(State.DECODING) == 4
+
+
+@pytest.mark.parametrize(("rows", "moved"), [(0, 4), (2, 3), (3, 2), (4, 0), (8, 0)])
+def test_half_of_the_difference_goes_to_a_card_1_with_few_rows(
+    monkeypatch: pytest.MonkeyPatch, rows: int, moved: int
+) -> None:
+    """The end of a burst. Two more than twice as many are enough, and who is under way counts where it goes."""
+    plan = burst_plan(monkeypatch)
+    kept = plan.sequences[8:]
+    leave_on_card_1(plan, rows)
+    states = [State.DECODING] * (8 - moved) + [State.RETURNING] * moved  # the youngest
+    assert [sequence.state for sequence in kept] == states
+    plan.turn(DecodeShard)
+    assert [sequence.state for sequence in kept] == states
+    plan.run(CopyShard, DecodeShard, until=lambda: all(sequence.slot is not None for sequence in kept))
+    assert [sequence.card for sequence in kept] == [0] * (8 - moved) + [1] * moved
+    assert plan.scheduler.counts["hand_offs"] == moved
     plan.drain()
-    assert all(sequence.num_output_tokens == 40 for sequence in rest)
+    assert all(sequence.num_output_tokens == 60 for sequence in kept)
+
+
+def test_card_1_gets_back_what_it_has_blocks_for_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else they would leave it again, and wait on card 0 without being decoded."""
+    plan = burst_plan(monkeypatch, max_tokens=627)  # 159 of 200 blocks in the end, where each of the others has 18
+    leave_on_card_1(plan, 1)
+    for _ in range(5):
+        plan.turn(DecodeShard)
+    assert plan.count(State.RETURNING) == 2
+    plan.scheduler.finish(plan.sequences[0], "abort")
+    for _ in range(5):
+        plan.turn(DecodeShard)
+    assert plan.count(State.RETURNING) == 4
+    plan.drain()
 
 
 @pytest.mark.parametrize("reason", ["abort", "stop"])
