@@ -1,8 +1,8 @@
 """Sequences that leave the card they decode on: a card that is full, hand-offs, take-overs. Touches no tensor.
 
-Eviction makes room for those that wait for a block: to the other card, from which they come back, or back to the
-queue. With elastic roles, card 0 hands off what it kept when prompts queue; while none do, the cards share what there
-is to decode.
+Eviction makes room for those that wait for a block: to the other card, which decodes them with elastic roles, and from
+which they come back, or back to the queue. With elastic roles, card 0 hands off what it kept when prompts queue; while
+none do, the cards share what there is to decode.
 """
 
 from __future__ import annotations
@@ -55,11 +55,14 @@ class Moves:
         plan.counts["recomputes"] += 1
 
     def _evacuate(self, sequence: Sequence) -> bool:
-        """From the decode card of two to card 0; False if that is full."""
+        """From the decode card of two to card 0, which goes on decoding it if it decodes and has a slot and a block for
+        that; False if it is full."""
         plan = self._plan
         if plan.prefill_card == plan.decode_card:
             return False
-        if not self._leave_decode_card(sequence, sequence.num_kv_tokens, 0, partial(self._evacuated, sequence)):
+        taken = plan.elastic and self._num_taken < plan.config.max_num_seqs and self._take_over(sequence)
+        waits = partial(self._evacuated, sequence)
+        if not (taken or self._leave_decode_card(sequence, sequence.num_kv_tokens, 0, waits)):
             return False
         plan.counts["evacuations"] += 1
         return True
@@ -113,6 +116,12 @@ class Moves:
     def _num_moving(self) -> int:
         return len(self._plan.evacuating) + len(self._plan.returning)
 
+    @property
+    def _num_taken(self) -> int:
+        """Sequences that card 0 decodes, or will."""
+        plan = self._plan
+        return plan.batches[plan.prefill_card].num_living + len(plan.evacuating)
+
     def balance(self) -> None:
         """While card 0 has no prompt, what finds no slot on the decode card goes to card 0. And if one card's batch is
         more than twice the other's, half the difference moves to the smaller one; to card 0 only after a while."""
@@ -123,7 +132,7 @@ class Moves:
             self._last_busy_step = steps
             return
         seconds = (steps - self._last_busy_step) * plan.pace.decode_s[main.card]
-        taken = own.num_living + len(plan.evacuating)
+        taken = self._num_taken
         if len(own.running) >= 2 * main.num_living + BALANCE_ROWS:
             self._give_back(own, (len(own.running) - main.num_living) // 2)
         elif main.ready and not main.free_slots:

@@ -331,6 +331,42 @@ def test_not_before_it_has_been_idle_for_a_while(monkeypatch: pytest.MonkeyPatch
     plan.drain()
 
 
+# -- card 1 is out of blocks
+
+
+def full_plan(card_0_rows: int, **options: Any) -> Plan:
+    """Two sequences on a card 1 whose blocks do not last for both, beside `card_0_rows` that card 0 keeps."""
+    plan = elastic(100, 14, max_num_seqs=2, **options)
+    for _ in range(2 + card_0_rows):
+        plan.add(9, max_tokens=40)  # 13 blocks in the end
+    way = PrefillShard, CopyShard, MixedShard, DecodeShard
+    plan.run(*way, until=lambda: all(sequence.slot is not None for sequence in plan.sequences))
+    return plan
+
+
+def test_card_0_goes_on_decoding_what_card_1_has_no_blocks_for() -> None:
+    plan = full_plan(card_0_rows=0)
+    first, youngest = plan.sequences
+    plan.run(DecodeShard, CopyShard, until=lambda: youngest.card == 0)
+    before = youngest.num_output_tokens
+    plan.run(DecodeShard, until=lambda: youngest.num_output_tokens > before + 3)
+    assert first.card == 1 and not first.finished, "it waits for nobody"
+    plan.drain()
+    counts = plan.scheduler.counts
+    assert (counts["evacuations"], counts["taken_over"], counts["recomputes"]) == (1, 1, 0)
+    assert [sequence.num_output_tokens for sequence in plan.sequences] == [40, 40]
+
+
+def test_without_a_slot_there_it_waits_to_come_back() -> None:
+    plan = full_plan(card_0_rows=2)
+    assert [sequence.card for sequence in plan.sequences] == [1, 1, 0, 0]
+    youngest = plan.sequences[1]
+    plan.run(DecodeShard, CopyShard, until=lambda: youngest.state is State.EVACUATED)
+    assert youngest.state is State.EVACUATED and plan.scheduler.counts["evacuations"] == 1
+    plan.drain()
+    assert all(sequence.num_output_tokens == 40 for sequence in plan.sequences)
+
+
 # -- card 0 gives back
 
 
