@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from nanovllm.config import Config
+from nanovllm.engine.compile_ahead import starting
 from nanovllm.engine.kv_cache import KVCache, measure_rate
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.pipeline_runs import PipelineOptions
@@ -101,7 +102,8 @@ def build_runners(
         runners = [make_runner(config, model, max_model_len, card) for card, model in enumerate(models)]
     rates: dict[tuple[int, int], float] = {}
     if devices[0].type == "cuda":
-        rates = prepare(runners, config, seconds)
+        with starting:
+            rates = prepare(runners, config, seconds)
     elif config.pipelines_decode:
         runners[-1].start_pipeline(pipeline_options(config))  # fails, or says that it cannot
     else:

@@ -1,9 +1,12 @@
 """Launches in several threads before they are needed, so that the kernels among them are compiled side by side.
 
 Much of compiling is done outside Python, a kernel at a time. All else is done by one thread at a time, since Triton 3.6
-has no lock there. Every launcher is loaded as one and the same module: loaded again, as for a second card, it takes the
-place of the one that another thread is about to read, and a kernel is launched as if it were another for ever. And a
-kernel that has its launcher, but not its code yet, may be launched by the next thread.
+has no lock there. Every launcher is loaded as one and the same module, whose `launch` changes when one is loaded again,
+as for a second card: between another thread's load and its read that gives a kernel the launcher of another, for ever.
+And a kernel that has its launcher, but not its code yet, may be launched by the next thread.
+
+Not covered: kernels that two threads launch for the first time in mid-service, as two cards do with `enforce_eager`.
+While the hooks are set that say when Triton compiles, it can compile no kernel that takes a function as an argument.
 
 Nobody may read what these launches compute: they may use buffers that belong to one step at a time.
 """
@@ -22,7 +25,7 @@ import torch
 THREADS = 8
 # Products of more rows are cuBLAS's, which keeps memory on the card for every thread that it has run in.
 OWN_KERNEL_ROWS = (1, 2, 4, 8, 16, 32, 64, 96, 128)
-_hooks_in_use = threading.Lock()  # Triton's hooks are the process's: engines that start at once take turns
+starting = threading.RLock()  # launchers and hooks are the process's: engines that start at once take turns
 
 
 def launch_side_by_side(calls: Iterable[Callable[[], object]], stream: torch.cuda.Stream) -> None:
@@ -45,7 +48,7 @@ def run_side_by_side(calls: Iterable[Callable[[], object]]) -> None:
         with turns.turn():
             call()
 
-    with _hooks_in_use, turns.passed_on(), ThreadPoolExecutor(THREADS) as threads:
+    with starting, turns.passed_on(), ThreadPoolExecutor(THREADS) as threads:
         list(threads.map(run, calls))
 
 
